@@ -4,12 +4,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
+from jaxtyping import Int32
 
 from ..errors import UserError
 from .corpus import builtin_documents
 from .documents import Document, Side
 from .synthetic import SyntheticDocument, synthetic_documents
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, padding_id
+
+_AT_ONCE = 512  # documents tokenized in one call: keeps the tokenizer's own copies small
 
 
 @dataclass(frozen=True)
@@ -20,8 +23,8 @@ class Blocks:
     to the document after it).
     """
 
-    tokens: np.ndarray
-    documents: np.ndarray
+    tokens: Int32[np.ndarray, "n T"]
+    documents: Int32[np.ndarray, "n T"]
     names: tuple[str, ...]
     side: Side
 
@@ -65,14 +68,18 @@ def pack(documents: Iterable[Document], tokenizer: Tokenizer, block_length: int)
         raise UserError(f"pack needs documents of one side, got {sorted(sides) or 'none'}")
     _check(block_length)
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    rows = [np.asarray(ids + end, np.int32) for ids in tokenizer.encode(d.text for d in documents)]
+    rows = [
+        np.asarray(ids + end, np.int32)
+        for i in range(0, len(documents), _AT_ONCE)
+        for ids in tokenizer.encode_plain(d.text for d in documents[i : i + _AT_ONCE])
+    ]
     stream = np.concatenate(rows)
     owner = np.repeat(np.arange(len(rows), dtype=np.int32), [len(r) for r in rows])
     if not len(stream):
         raise UserError("the corpus is empty: no document has a token")
     body = block_length - (tokenizer.bos_id is not None)
     n = -(-len(stream) // body)
-    tokens = np.full((n, block_length), _fill(tokenizer), np.int32)
+    tokens = np.full((n, block_length), padding_id(tokenizer), np.int32)
     where = np.full((n, block_length), -1, np.int32)
     for target, source in ((tokens, stream), (where, owner)):
         flat = np.full(n * body, target[0, 0], np.int32)
@@ -90,7 +97,7 @@ def synthetic_blocks(tokenizer: Tokenizer, block_length: int, side: Side, n_bloc
     Raises ``UserError`` where a document does not fit into a block.
     """
     _check(block_length)
-    tokens = np.full((n_blocks, block_length), _fill(tokenizer), np.int32)
+    tokens = np.full((n_blocks, block_length), padding_id(tokenizer), np.int32)
     where = np.full((n_blocks, block_length), -1, np.int32)
     begin = int(tokenizer.bos_id is not None)
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
@@ -131,10 +138,6 @@ def builtin_blocks(tokenizer: Tokenizer, block_length: int, side: Side) -> Block
     where[~made] = corpus.documents
     where[made] = np.where(synthetic.documents < 0, -1, synthetic.documents + len(corpus.names))
     return Blocks(tokens, where, corpus.names + synthetic.names, side)
-
-
-def _fill(tokenizer: Tokenizer) -> int:
-    return next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)
 
 
 def _check(block_length: int) -> None:

@@ -72,16 +72,31 @@ def synthetic_document(side: Side, seed: int, index: int) -> SyntheticDocument:
     template = seen[rng.integers(len(seen))] if template_seen else {"dev": held_dev, "test": held_test}[side]
     text, answers = {"pairs": _pairs, "range": _range, "chain": _chain}[task](rng, side, template)
     return SyntheticDocument(
-        name=f"synthetic:{side}:{seed}:{index}", text=text, side=side, task=task, template=template, template_seen=template_seen, answers=answers
+        name=f"synthetic:{side}:{seed}:{index}",
+        text=text,
+        side=side,
+        task=task,
+        template=template,
+        template_seen=template_seen,
+        answers=answers,
     )
 
 
 # Templates per task: those of training, dev's own, test's own. A name describes the line's shape.
 _TEMPLATES: dict[Task, tuple[tuple[str, ...], str, str]] = {
     "pairs": (("{k} -> {v}\n", "{k}: {v}, ", "The {k} is {v}. ", "d['{k}'] = '{v}'\n"), "{k} = {v}; ", "{k} has {v} | "),
-    "range": (("from {a} to {b}\n", "The {n} lasted from {a} to {b}. ", "range({a}, {b})\n", "pages {a}-{b}, "), "between {a} and {b}; ", "{a} up to {b}\n"),
+    "range": (
+        ("from {a} to {b}\n", "The {n} lasted from {a} to {b}. ", "range({a}, {b})\n", "pages {a}-{b}, "),
+        "between {a} and {b}; ",
+        "{a} up to {b}\n",
+    ),
     "chain": (
-        ("{x}={e}; |then |{x}={v}, |.\n", "{x} = {e}\n||assert {x} == {v}\n|", "let {x}={e}. |so |{x} is {v}. |\n", ">>> {x}={e}\n|>>> show()\n|{x}: {v}\n|"),
+        (
+            "{x}={e}; |then |{x}={v}, |.\n",
+            "{x} = {e}\n||assert {x} == {v}\n|",
+            "let {x}={e}. |so |{x} is {v}. |\n",
+            ">>> {x}={e}\n|>>> show()\n|{x}: {v}\n|",
+        ),
         "given {x}={e}, |get |{x}:{v} |\n",
         "set {x} to {e}\n|now |{x} has {v}, |.\n",
     ),
@@ -95,15 +110,17 @@ class _Text:
         self.text = ""
         self.answers: list[Answer] = []
 
-    def add(self, template: str, slot: str = "", accepted: tuple[str, ...] = (), label: str = "", depends_on: tuple[int, ...] = (), **words: str) -> None:
-        """Append a filled template; where ``accepted`` is given, the text of ``slot`` becomes an answer."""
-        value = words.get(slot, "")
-        before, _, after = template.partition("{" + slot + "}") if accepted else (template, "", "")
-        self.text += before.format(**words)
-        if accepted:
-            stop = len(self.text) + len(value)
-            self.answers.append(Answer(stop - len(accepted[0]), stop, accepted, label, depends_on))
-            self.text += value + after.format(**words)
+    def add(self, template: str, **words: str) -> None:
+        """Append a filled template."""
+        self.text += template.format(**words)
+
+    def ask(self, template: str, slot: str, accepted: tuple[str, ...], label: str, depends_on: tuple[int, ...] = (), **words: str) -> None:
+        """Append a filled template whose ``slot`` ends with an answer, the first of ``accepted``."""
+        before, _, after = template.partition("{" + slot + "}")
+        self.add(before + "{" + slot + "}", **words)
+        stop = len(self.text)
+        self.answers.append(Answer(stop - len(accepted[0]), stop, accepted, label, depends_on))
+        self.add(after, **words)
 
 
 def _pairs(rng: np.random.Generator, side: Side, template: str) -> tuple[str, tuple[Answer, ...]]:
@@ -116,7 +133,7 @@ def _pairs(rng: np.random.Generator, side: Side, template: str) -> tuple[str, tu
         out.add(template, k=k, v=v)
     for _ in range(int(rng.integers(4, 8))):
         k, v = pairs[rng.integers(n)]
-        out.add(template, slot="v", accepted=(v,), label=k, k=k, v=v)
+        out.ask(template, "v", (v,), label=k, k=k, v=v)
     return out.text.rstrip(" ") + "\n" * (not out.text.endswith("\n")), tuple(out.answers)
 
 
@@ -133,7 +150,7 @@ def _range(rng: np.random.Generator, side: Side, template: str) -> tuple[str, tu
         a = starts[i]
         b = int(rng.integers(a + 1, a - a % 10 + 10))
         accepted = (str(b % 10), *(str(d) for d in range(a % 10 + 1, 10) if d != b % 10))
-        out.add(template, slot="b", accepted=accepted, label=str(a), a=str(a), b=str(b), n=_NOUNS[rng.integers(len(_NOUNS))])
+        out.ask(template, "b", accepted, label=str(a), a=str(a), b=str(b), n=_NOUNS[rng.integers(len(_NOUNS))])
     return out.text.rstrip(" ") + "\n" * (not out.text.endswith("\n")), tuple(out.answers)
 
 
@@ -158,7 +175,8 @@ def _chain(rng: np.random.Generator, side: Side, template: str) -> tuple[str, tu
     out.add(middle)
     listed = [int(i) for i in rng.permutation(n)]
     for i in listed:
-        out.add(tell, slot="v", accepted=(str(values[i]),), label=names[i], depends_on=(listed.index(i - 1),) if i else (), x=names[i], v=str(values[i]))
+        value, before = str(values[i]), (listed.index(i - 1),) if i else ()
+        out.ask(tell, "v", (value,), label=names[i], depends_on=before, x=names[i], v=value)
     return out.text.rstrip(", ") + end, tuple(out.answers)
 
 
