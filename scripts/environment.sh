@@ -48,8 +48,10 @@ environment() {
     if [ -e "$venv" ] && ! supported "$python" && "$python" -c '' >/dev/null 2>&1; then
         stop "$venv holds $("$python" --version 2>&1), needed is Python ${wanted:-3.11 or 3.12}: move it away and start again."
     fi
-    if [ ! -e "$venv/.installed-" ] && [ -e "$venv" ] && ! "$python" -m pip --version >/dev/null 2>&1; then
-        rm -rf "$venv" # its Python is gone, or its making was stopped half way
+    if [ -e "$venv" ] && ! supported "$python"; then
+        rm -rf "$venv" # the Python that it was made with is gone
+    elif [ -e "$venv" ] && [ ! -e "$venv/.installed-" ] && ! "$python" -m pip --version >/dev/null 2>&1; then
+        rm -rf "$venv" # its making was stopped half way
     fi
     if [ ! -e "$venv" ]; then
         base=$(find_python) || exit 1

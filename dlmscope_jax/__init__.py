@@ -1,0 +1,77 @@
+"""Dictionaries for diffusion language models and their autoregressive twins, in JAX.
+
+The names below are imported when they are first used, so that ``import dlmscope_jax`` costs nothing.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# public name -> the room that offers it
+_ROOMS = {
+    "UserError": "errors",
+    "Tokenizer": "data",
+    "Document": "data",
+    "Blocks": "data",
+    "builtin_blocks": "data",
+    "builtin_documents": "data",
+    "encode": "data",
+    "load_tokenizer": "data",
+    "pack": "data",
+    "read_documents": "data",
+    "DiffusionSpec": "models",
+    "Edit": "models",
+    "InDictionary": "models",
+    "ModelConfig": "models",
+    "Transformer": "models",
+    "init_params": "models",
+    "load_model": "models",
+    "logit_lens": "models",
+    "model_identity": "models",
+    "ARSampler": "diffusion",
+    "DreamSampler": "diffusion",
+    "LLaDASampler": "diffusion",
+    "Trace": "diffusion",
+    "align_logits": "diffusion",
+    "corrupt": "diffusion",
+    "elbo": "diffusion",
+    "generate": "diffusion",
+    "token_loss": "diffusion",
+    "DictionaryMeta": "dictionaries",
+    "RowSparse": "dictionaries",
+    "StreamingFidelity": "dictionaries",
+    "TopK": "dictionaries",
+    "load_dictionary": "dictionaries",
+    "save_dictionary": "dictionaries",
+    "ActivationStore": "activations",
+    "Corruption": "activations",
+    "harvest": "activations",
+    "Progress": "training",
+    "TrainSpec": "training",
+    "init_state": "training",
+    "make_step": "training",
+    "train": "training",
+    "FeatureRecord": "analysis",
+    "bootstrap": "analysis",
+    "collect_records": "analysis",
+    "delta_loss": "analysis",
+    "evaluate": "analysis",
+    "find_latents": "analysis",
+    "latents_for": "analysis",
+    "steer": "analysis",
+    "report": "report",
+}
+__all__ = sorted(_ROOMS)  # pyright: ignore
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'dlmscope_jax' has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"dlmscope_jax.{_ROOMS[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_ROOMS])

@@ -1,0 +1,112 @@
+"""The command line: ``dlmscope VERB [CONFIG.yaml] [--section.field=value ...]``.
+
+A thin face over the functions of ``recipes``. Nothing heavy is imported before a verb runs, so ``--help`` is instant.
+"""
+
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from dlmscope_jax import config
+from dlmscope_jax.errors import UserError
+
+# verb -> module of recipes, function, what it does
+VERBS = {
+    "quickstart": ("quickstart", "quickstart", "the whole way, from text to report; on the pocket models unless a config names others"),
+    "harvest": ("pipeline", "harvest", "run the models over the text and keep activations"),
+    "train": ("pipeline", "train", "train dictionaries on what was harvested"),
+    "evaluate": ("pipeline", "evaluate", "examine dictionaries on the test side: fidelity, and what inserting them costs"),
+    "report": ("pipeline", "report", "write the run's results into one HTML file"),
+    "doctor": ("doctor", "doctor", "say what this machine has: versions, devices, disk, corpus"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit code: 0, or 2 for a mistake of the user's, which is one line on stderr."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    try:
+        return _run([a for a in arguments if a != "--debug"])
+    except UserError as error:
+        return _fail(" ".join(str(error).split()), debug)
+    except KeyboardInterrupt:
+        print("dlmscope: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _fail(f"the disk is full ({error.filename or 'while writing'}): free some space and give the same command again", debug)
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            return _fail(f"{error.filename}: {error.strerror}: name a folder that can be written to, with --root=", debug)
+        raise
+
+
+def _fail(message: str, debug: bool) -> int:
+    if debug:
+        raise  # noqa: PLE0704  # only called while an exception is handled
+    print(f"dlmscope: {message}", file=sys.stderr)
+    return 2
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"dlmscope_jax {version('dlmscope_jax')}")
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        raise UserError(f"no verb {verb!r}; there are {', '.join(VERBS)}")
+    from dlmscope_jax.recipes.configs import Run
+
+    wants_help = any(a in ("-h", "--help") for a in rest)
+    files, overrides = _split([a for a in rest if a not in ("-h", "--help")])
+    if len(files) > 1:
+        raise UserError(f"{verb} takes one config, got {' and '.join(files)}; write options as --section.field=value")
+    run = config.load(Run, files[0] if files else None, overrides)
+    if wants_help:
+        import tyro
+
+        print(f"dlmscope {verb}: {VERBS[verb][2]}.\nOptions override the config's fields: --section.field=value; lists as [a, b].\n")
+        tyro.cli(tyro.conf.AvoidSubcommands[Run], prog=f"dlmscope {verb} [CONFIG.yaml]", default=run, args=["--help"], use_underscores=True)
+    module, function, _ = VERBS[verb]
+    getattr(importlib.import_module(f"dlmscope_jax.recipes.{module}"), function)(run)
+    return 0
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Files and overrides; ``--a.b value`` is ``--a.b=value``."""
+    files, overrides = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("-"):
+            files.append(argument)
+        else:
+            overrides.append(argument if "=" in argument else f"{argument}={next(rest, '')}")
+    return files, overrides
+
+
+def _overview() -> str:
+    lines = [f"  {verb:<11} {what}" for verb, (_, _, what) in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: dlmscope VERB [CONFIG.yaml] [--section.field=value ...] [--debug]",
+            "",
+            "Train and examine dictionaries on diffusion language models and their autoregressive twins.",
+            "",
+            *lines,
+            "",
+            "dlmscope VERB --help lists the fields. --debug shows the traceback of a mistake.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
