@@ -1,0 +1,61 @@
+"""AuxK: dead latents learn to reconstruct what the live ones leave over (Gao et al. 2024, appendix A.2, corrected).
+
+Published implementations rank activations after ReLU. A dead latent is usually negative on the whole batch, so it is
+then given 0, contributes 0 and receives no gradient (reference/sae_libraries.md 1, defect 3). Here raw pre-activations
+are ranked and used.
+
+Three cases are compiled and one runs. No dead latent: nothing. At most k_aux: all of them are used by every row, so
+they are gathered into a small dense problem and no selection is needed. More: the selection over all N, from
+pre-activations computed once more, because handing a [B, N] array to a branch costs a copy of it in every step.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from dlmscope_jax import kernels
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def auxiliary_error(
+    params: dict,
+    x: Float[Array, "B D"],
+    residual: Float[Array, "B D_out"],
+    dead: Bool[Array, " N"],
+    k_aux: int,
+    subtract: bool,
+) -> Float[Array, ""]:
+    """``sum |e - e_hat|^2 / sum |e - mean(e)|^2`` for the dead latents' reconstruction e_hat of the residual e.
+
+    Args:
+      params: the dictionary's parameters; gradients reach ``W_enc``, ``b_enc``, ``W_dec`` and (autoencoder) ``b_dec``.
+      residual: what is left over, without gradient.
+      k_aux: how many dead latents a row uses.
+      subtract: whether the encoder subtracts ``b_dec``.
+
+    Returns:
+      0 when no latent is dead or the residual does not vary.
+    """
+    shift = params["b_dec"] if subtract else None
+    variation = jnp.square(residual - residual.mean(axis=0)).sum()
+
+    def relative(estimate):
+        error = jnp.square(residual - estimate).sum()
+        return jnp.where(variation > 0, error / jnp.where(variation > 0, variation, 1.0), 0.0)
+
+    def few():
+        ids = jnp.nonzero(dead, size=k_aux, fill_value=0)[0]
+        used = jnp.arange(k_aux) < n_dead
+        values = kernels.preactivations(x, params["W_enc"][ids], params["b_enc"][ids], shift)
+        return relative(jnp.matmul(jnp.where(used, values, 0.0), params["W_dec"][ids], precision=_HIGHEST))
+
+    def many():
+        pre = jax.lax.stop_gradient(kernels.preactivations(x, params["W_enc"], params["b_enc"], shift))
+        values, indices = kernels.topk(jnp.where(dead, pre, -jnp.inf), k_aux)
+        values = kernels.with_encoder_gradient(values, indices, x, params["W_enc"], params["b_enc"], shift)
+        return relative(kernels.decode(values, indices, params["W_dec"]))
+
+    n_dead = dead.sum(dtype=jnp.int32)
+    case = (n_dead > 0).astype(jnp.int32) + (n_dead > k_aux).astype(jnp.int32)
+    return jax.lax.switch(case, (lambda: jnp.float32(0), few, many))

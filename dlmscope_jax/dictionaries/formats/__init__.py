@@ -1,0 +1,1 @@
+"""Readers and writers of dictionary files, one module a format."""

@@ -1,0 +1,43 @@
+"""Pure functions on parameters that a training step needs around the gradient: unit decoder rows, a robust centre.
+
+A decoder row and its activation can trade scale freely. Unit rows fix the trade, which makes activations comparable
+between latents; removing the radial part of the gradient keeps Adam's moments from chasing a direction that the
+renormalisation undoes (Gao et al. 2024, appendix A).
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+_TINY = 1e-30
+
+
+def unit_rows(weight: Float[Array, "N D"]) -> Float[Array, "N D"]:
+    """Each row divided by its Euclidean norm; zero rows stay zero."""
+    return weight * jax.lax.rsqrt(jnp.maximum(jnp.square(weight).sum(axis=-1, keepdims=True), _TINY))
+
+
+def renormalise(params: dict) -> dict:
+    """Parameters with the rows of ``W_dec`` at unit norm."""
+    return {**params, "W_dec": unit_rows(params["W_dec"])}
+
+
+def project_gradient(params: dict, gradients: dict) -> dict:
+    """Gradients without the part of ``W_dec``'s that points along each decoder row."""
+    rows, gradient = unit_rows(params["W_dec"]), gradients["W_dec"]
+    return {**gradients, "W_dec": gradient - (gradient * rows).sum(axis=-1, keepdims=True) * rows}
+
+
+def geometric_median(sample: Float[Array, "S D"], iterations: int = 100) -> Float[Array, " D"]:
+    """The point with the least summed distance to the rows, by Weiszfeld's iteration from the mean.
+
+    Outliers of a hundred times the usual norm, which language models have, move a mean but hardly this.
+    """
+
+    def step(_, centre):
+        distance = jnp.sqrt(jnp.square(sample - centre).sum(axis=1))
+        # A row at the centre itself would have infinite weight; the floor is far below any distance that matters.
+        weight = 1.0 / jnp.maximum(distance, 1e-6 * jnp.mean(distance) + _TINY)
+        return (weight[:, None] * sample).sum(axis=0) / weight.sum()
+
+    return jax.lax.fori_loop(0, iterations, step, sample.mean(axis=0))

@@ -1,0 +1,10 @@
+"""Array operations with a plain reference, faster implementations and one dispatcher each.
+
+``topk(x, k)`` selects; ``sparse`` holds the products of row-sparse codes with a dictionary and their gradients.
+A named implementation works or raises, none is silently replaced.
+"""
+
+from .sparse import decode, preactivations, with_encoder_gradient
+from .topk import topk
+
+__all__ = ["decode", "preactivations", "topk", "with_encoder_gradient"]
