@@ -39,7 +39,7 @@ def corrupt(
     uniform = jax.random.uniform(key, tokens.shape)
     if exact:
         available = eligible.sum(axis=1)
-        count = jnp.round(rate * available).astype(jnp.int32)
+        count = jnp.round(rate * available.astype(jnp.float32)).astype(jnp.int32)
         count = jnp.minimum(jnp.maximum(count, 1), available)
         is_masked = eligible & (rank(jnp.where(eligible, uniform, jnp.inf)) < count[:, None])
     else:

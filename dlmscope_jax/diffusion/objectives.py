@@ -143,9 +143,9 @@ def diffusion_loss(
     corrupted, is_masked = corrupt(mask_key, tokens, rate, spec, protect=_protected(attention_mask, protect))
     loss = token_loss(model, params, corrupted, tokens, is_masked, attention_mask=attention_mask)
     scored = is_masked.sum()
-    count = tokens.size if attention_mask is None else attention_mask.sum()
+    count = jnp.float32(tokens.size) if attention_mask is None else attention_mask.sum().astype(jnp.float32)
     weighted = (loss.sum(axis=1) / rate).sum() / count
-    return weighted, {"masked_ce": loss.sum() / jnp.maximum(scored, 1), "scored": scored}
+    return weighted, {"masked_ce": loss.sum() / jnp.maximum(scored, 1).astype(jnp.float32), "scored": scored}
 
 
 def next_token_loss(
@@ -171,7 +171,7 @@ def next_token_loss(
         mask = mask & attention_mask & jnp.roll(attention_mask, 1, axis=1)
     loss = token_loss(model, params, tokens, tokens, mask, attention_mask=attention_mask)
     scored = mask.sum()
-    return loss.sum() / jnp.maximum(scored, 1), {"scored": scored}
+    return loss.sum() / jnp.maximum(scored, 1).astype(jnp.float32), {"scored": scored}
 
 
 def elbo(
@@ -206,16 +206,16 @@ def elbo(
     spec = _diffusion_of(model, "elbo")
     protect = _protected(attention_mask, protect)
     eligible = jnp.broadcast_to(jnp.arange(tokens.shape[1]) > 0, tokens.shape)
-    eligible = (eligible if protect is None else eligible & ~protect).sum(axis=1)
+    eligible = (eligible if protect is None else eligible & ~protect).sum(axis=1).astype(jnp.float32)
     time_key, mask_key = jax.random.split(key)
     times = jax.vmap(stratified_times, (0, None), 1)(jax.random.split(time_key, tokens.shape[0]), samples)  # [S, B]
 
     def one(step: tuple[Array, Array]) -> Array:
         time, key = step
         count = jnp.minimum(jnp.floor(time * eligible) + 1, eligible)
-        corrupted, is_masked = corrupt(key, tokens, count / jnp.maximum(eligible, 1), spec, protect=protect, exact=True)
+        corrupted, is_masked = corrupt(key, tokens, count / jnp.maximum(eligible, 1.0), spec, protect=protect, exact=True)
         loss = token_loss(model, params, corrupted, tokens, is_masked, attention_mask=attention_mask, edits=edits)
-        return loss.sum(axis=1) / jnp.maximum(is_masked.sum(axis=1), 1)
+        return loss.sum(axis=1) / jnp.maximum(count, 1.0)
 
     return jax.lax.map(one, (times, jax.random.split(mask_key, samples))).mean(axis=0)
 
