@@ -115,7 +115,8 @@ def _parse(text: str, where: str) -> Any:
                     raise UserError(f"{where}: key {key!r} occurs twice")
             return super().construct_mapping(node, deep)
 
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+    exponent = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789"))
     try:
         return yaml.load(text, Loader)  # a subclass of SafeLoader
     except yaml.YAMLError as error:
@@ -149,9 +150,8 @@ def _build(cls: Any, value: Any, path: str) -> Any:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
             raise UserError(f"{_join(path, key)}: no such field; " + (f"did you mean {near[0]!r}?" if near else f"there are {_names(cls)}"))
-    required = [
-        name for name, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and name not in value
-    ]
+    optional = [name for name, f in fields.items() if not (f.default is f.default_factory is dataclasses.MISSING)]
+    required = [name for name in fields if name not in value and name not in optional]
     if required:
         raise UserError(f"{_join(path, required[0])}: missing, has no default")
     built = {name: _convert(hints[name], entry, _join(path, name)) for name, entry in value.items()}
@@ -197,7 +197,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     return value
 
 
-_NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+_NOUNS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
 def _describe(value: Any) -> str:

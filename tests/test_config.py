@@ -1,6 +1,7 @@
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 
 from dlmscope_jax import config
 from dlmscope_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +100,12 @@ def test_mistakes_are_one_line_that_names_the_path(mapping, words):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("name: [1,", ["not YAML"]), ("- 1\n", ["a list"]), ("name: a\nname: b\n", ["'name'", "twice"]), ("name: a\ninner: {ratee: 1}", ["inner.ratee"])],
+    [
+        ("name: [1,", ["not YAML"]),
+        ("- 1\n", ["a list"]),
+        ("name: a\nname: b\n", ["'name'", "twice"]),
+        ("name: a\ninner: {ratee: 1}", ["inner.ratee"]),
+    ],
 )
 def test_bad_files_name_the_file(tmp_path, text, words):
     path = tmp_path / "bad.yaml"
@@ -110,7 +118,13 @@ def test_bad_files_name_the_file(tmp_path, text, words):
 
 
 @pytest.mark.parametrize(
-    ("override", "word"), [("--inner.rate", "section.field=value"), ("--name.x=1", "name"), ("--inner.steps=many", "inner.steps"), ("--iner.rate=1", "'inner'")]
+    ("override", "word"),
+    [
+        ("--inner.rate", "section.field=value"),
+        ("--name.x=1", "name"),
+        ("--inner.steps=many", "inner.steps"),
+        ("--iner.rate=1", "'inner'"),
+    ],
 )
 def test_bad_overrides(override, word):
     with pytest.raises(UserError, match=word):
@@ -132,7 +146,6 @@ def test_digest_is_the_same_in_every_process_and_follows_every_field():
     ]
     assert len({config.digest(o) for o in [base, *changed]}) == 4
     script = "from dlmscope_jax import config; from dlmscope_jax.recipes.configs import Run; print(config.digest(Run()))"
-    seen = {
-        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": seed}).stdout for seed in "12"
-    }
+    run = [sys.executable, "-c", script]
+    seen = {subprocess.check_output(run, env={"PYTHONHASHSEED": seed}, cwd=ROOT) for seed in "12"}
     assert len(seen) == 1
