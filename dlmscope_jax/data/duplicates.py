@@ -35,9 +35,13 @@ def grams(text: str) -> UInt64[np.ndarray, " n"]:
     return _mix(total)
 
 
-def overlap(texts: Iterable[str], seen: Iterable[str]) -> float:
-    """Share of the 13-grams of ``texts`` (counted with repeats) that occur in ``seen``; 0.0 where ``texts`` have none."""
-    pool = np.unique(np.concatenate([np.zeros(0, np.uint64), *map(grams, seen)]))
+def gram_pool(texts: Iterable[str]) -> UInt64[np.ndarray, " n"]:
+    """The distinct 13-grams of texts, sorted."""
+    return np.unique(np.concatenate([np.zeros(0, np.uint64), *map(grams, texts)]))
+
+
+def overlap(texts: Iterable[str], pool: UInt64[np.ndarray, " n"]) -> float:
+    """Share of the 13-grams of ``texts`` (counted with repeats) that are in ``pool`` (``gram_pool``); 0.0 where ``texts`` have none."""
     asked = np.concatenate([np.zeros(0, np.uint64), *map(grams, texts)])
     return float(np.isin(asked, pool).mean()) if len(asked) else 0.0
 

@@ -99,7 +99,8 @@ def synthetic_blocks(tokenizer: Tokenizer, block_length: int, side: Side, n_bloc
     _check(block_length)
     tokens = np.full((n_blocks, block_length), padding_id(tokenizer), np.int32)
     where = np.full((n_blocks, block_length), -1, np.int32)
-    begin = int(tokenizer.bos_id is not None)
+    bos = tokenizer.bos_id
+    begin = int(bos is not None)
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     truths: list[SyntheticDocument] = []
     answers: list[PlacedAnswer] = []
@@ -119,8 +120,8 @@ def synthetic_blocks(tokenizer: Tokenizer, block_length: int, side: Side, n_bloc
             answers.append(PlacedAnswer(block, at + covering[0], at + covering[-1] + 1, len(truths), i))
         truths.append(document)
         at += len(ids)
-    if begin:
-        tokens[:, 0] = tokenizer.bos_id
+    if bos is not None:
+        tokens[:, 0] = bos
         where[:, 0] = where[:, 1]
     return SyntheticBlocks(Blocks(tokens, where, tuple(d.name for d in truths), side), tuple(truths), tuple(answers))
 

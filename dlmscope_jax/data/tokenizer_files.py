@@ -87,7 +87,7 @@ def _from_vocab(folder: Path, kind: Literal["qwen", "gpt2"], settings: dict[str,
 
     vocab = _json(folder / "vocab.json")
     lines = (folder / "merges.txt").read_text("utf-8").split("\n")
-    merges = [tuple(line.split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
+    merges = [(a, b) for a, _, b in (line.partition(" ") for line in lines if line.strip() and not line.startswith("#version"))]
     added = {token: int(i) for token, i in _json(folder / "added_tokens.json").items()}
     decoder = settings.get("added_tokens_decoder") or {}
     added |= {entry["content"]: int(i) for i, entry in decoder.items()}
@@ -154,7 +154,7 @@ def _specials(
     side = settings.get("padding_side") or ("left" if generates else "right")
     if side not in ("left", "right"):
         raise UserError(f"{folder / 'tokenizer_config.json'}: padding_side is {side!r}, it must be 'left' or 'right'")
-    return ids, side
+    return ids, "left" if side == "left" else "right"
 
 
 def _download(name: str) -> Path:

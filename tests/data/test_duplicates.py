@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dlmscope_jax.data import duplicates
-from dlmscope_jax.data.duplicates import grams, near_duplicate_groups, overlap
+from dlmscope_jax.data.duplicates import gram_pool, grams, near_duplicate_groups, overlap
 
 
 def reference_grams(text: str) -> list[tuple[str, ...]]:
@@ -44,9 +44,9 @@ def test_grams_are_equal_exactly_where_the_words_are():
 def test_overlap_is_the_share_with_repeats():
     seen = " ".join(f"s{i}" for i in range(40))
     fresh = " ".join(f"f{i}" for i in range(40))
-    assert overlap([seen], [fresh]) == 0.0
-    assert overlap([seen, fresh, fresh], [seen]) == pytest.approx(1 / 3)
-    assert overlap([], [seen]) == 0.0 and overlap([seen], []) == 0.0
+    assert overlap([seen], gram_pool([fresh])) == 0.0
+    assert overlap([seen, fresh, fresh], gram_pool([seen])) == pytest.approx(1 / 3)
+    assert overlap([], gram_pool([seen])) == 0.0 and overlap([seen], gram_pool([])) == 0.0
 
 
 def test_a_third_shared_is_joined_and_a_quarter_is_not():
