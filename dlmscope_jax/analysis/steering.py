@@ -1,0 +1,197 @@
+"""Steering: adding a latent's decoder direction while a model runs, and what a generation looks like with and without it."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from dlmscope_jax.diffusion import generate
+from dlmscope_jax.errors import UserError
+from dlmscope_jax.models import Edit, canonical_site
+
+SCALES = ("row_max", "corpus_max", "unit", "resid_norm")
+VERSION = 1
+
+
+@struct.dataclass
+class RowMax:
+    """DLM-Scope's step (arXiv 2602.05859, Eq. 13): ``m v_f``, with ``m`` read off the activation at hand.
+
+    ``m`` at a position is the largest activation of all latents there, not the steered latent's own. It is computed from
+    the current activation each time the model passes, so a second denoising step reads its own steered input.
+    Adding ``alpha m v_f`` is the same as raising the latent's code by ``alpha m``, decoding, and adding back the error.
+    """
+
+    spec: Any = struct.field(pytree_node=False)
+    params: Any
+    latent: Any
+
+    def at(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
+        codes = self.spec.encode(self.params, x)
+        largest = jnp.max(codes.values if _row_sparse(codes) else self.spec.dense(codes), axis=-1)
+        return largest[..., None] * self.spec.direction(self.params, self.latent).astype(jnp.float32)
+
+
+@struct.dataclass
+class ResidualShare:
+    """A unit direction times the norm of the activation at hand: strength is then ``||dh|| / ||h||``."""
+
+    direction: Any
+
+    def at(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
+        return jnp.linalg.norm(x.astype(jnp.float32), axis=-1, keepdims=True) * self.direction
+
+
+def steer(
+    spec: Any,
+    params: Any,
+    latent: int,
+    site: str,
+    strength: float,
+    scale: str = "row_max",
+    *,
+    maximum: float | None = None,
+    positions: Any = "all",
+    schedule: Any = "constant",
+) -> Edit:
+    """An edit that adds a latent's decoder row ``v``; strength, latent and dictionary values never retrace.
+
+    Args:
+      spec, params: the dictionary.
+      latent: its latent.
+      site: where to write, ``"resid_post@3"``.
+      strength: alpha; negative steers away.
+      scale: what alpha multiplies. ``"row_max"``: ``m v`` with ``m`` the largest activation of all latents at that
+        position (the paper's rule); ``"corpus_max"``: ``maximum * v``; ``"unit"``: ``v / ||v||``;
+        ``"resid_norm"``: ``||h|| v / ||v||``.
+      maximum: the latent's largest activation over a named corpus (``FeatureRecord.max_activation``), for ``corpus_max``.
+      positions, schedule: as in ``Edit``. In a shifted model the token at i is predicted at i - 1, so ``"masked_prev"``
+        is what ``"masked"`` is elsewhere.
+
+    Raises:
+      UserError: for an unknown scale, a latent outside the dictionary, or ``corpus_max`` without a maximum.
+    """
+    if scale not in SCALES:
+        raise UserError(f"steer: scale {scale!r} is not known: one of {', '.join(SCALES)}")
+    if not 0 <= int(latent) < spec.width:
+        raise UserError(f"steer: latent {latent} is not in this dictionary (0 to {spec.width - 1})")
+    latent = jnp.int32(latent)
+    direction = spec.direction(params, latent).astype(jnp.float32)
+    unit = direction / jnp.linalg.norm(direction)
+    if scale == "corpus_max" and maximum is None:
+        raise UserError("steer: scale 'corpus_max' needs maximum=, the latent's largest activation (FeatureRecord.max_activation)")
+    value = {
+        "row_max": RowMax(spec, params, latent),
+        "corpus_max": direction * (1.0 if maximum is None else maximum),
+        "unit": unit,
+        "resid_norm": ResidualShare(unit),
+    }[scale]
+    return Edit("add", site, value, strength=strength, positions=positions, schedule=schedule)
+
+
+def steered_generation(
+    model: Any,
+    params: dict,
+    prompt: Int[Array, "1 P"],
+    sampler: Any,
+    edit: Edit,
+    dictionary: Any,
+    latent: int,
+    *,
+    key: Array | None = None,
+    tokenizer: Any = None,
+) -> dict:
+    """Generates the same prompt with and without an edit, under the same random numbers, step by step.
+
+    Args:
+      model, params: the language model.
+      prompt: one row of prompt ids.
+      sampler: ``LLaDASampler``, ``DreamSampler`` or ``ARSampler``.
+      edit: as ``steer`` makes it.
+      dictionary: ``(spec, params, meta)``, in which the latent's activation is followed.
+      latent: the latent that is followed.
+      key: of the sampler, the same for both runs.
+      tokenizer: gives the pieces to show; without it only ids are returned.
+
+    Returns:
+      A dict for ``json``. ``plain`` and ``steered`` each hold ``history`` [S+1][L] (entry s is what step s read, entry S the
+      result), ``commit_step`` [L] (-1 prompt, S never), ``confidence`` [L] at commit and ``activation`` [S][L] (the latent as
+      each step found it, before that step's own edit). ``relative_size`` [S] is the median ``||dh|| / ||h||`` over
+      the positions that the edit changed, ``dose`` its sum over steps. ``pieces`` maps ids to text.
+
+    Raises:
+      UserError: when the prompt is not one row; what the sampler and the model raise.
+    """
+    if prompt.ndim != 2 or prompt.shape[0] != 1:
+        raise UserError(f"steered_generation: the prompt has shape {tuple(prompt.shape)}; give one row, [1, P]")
+    spec, weights, meta = dictionary
+    read, written = canonical_site(meta.site), f"{edit.site}@{int(edit.layer)}"
+    seen, out = set(), {}
+    for name, edits in (("plain", ()), ("steered", (edit,))):
+        trace = generate(model, params, prompt, sampler, key=key, edits=edits)
+        history, commit = jnp.asarray(trace.history)[:, 0], jnp.asarray(trace.commit_step)[0]
+        taps = _replay(model, params, history[:-1], tuple({read, written}))
+        out[name] = {
+            "history": history.tolist(),
+            "commit_step": commit.tolist(),
+            "confidence": [float(c) if np.isfinite(c) else None for c in np.asarray(trace.confidence, np.float32)[0]],
+            "activation": np.asarray(_follow(spec, weights, taps[read], jnp.int32(latent)), np.float64).round(5).tolist(),
+        }
+        if edits:
+            masked = jnp.zeros(history.shape, bool) if model.diffusion is None else history == model.diffusion.mask_id
+            sizes = _relative_sizes(edit, taps[written], masked[:-1], commit, prompt.shape[1])
+            out["relative_size"], out["dose"] = sizes, float(np.sum(sizes))
+        seen |= set(np.asarray(history).reshape(-1).tolist())
+    ids = sorted(seen)
+    return {
+        "kind": "steered_generation",
+        "version": VERSION,
+        "latent": int(latent),
+        "site": written,
+        "strength": float(jnp.max(edit.strength)),
+        "prompt_length": int(prompt.shape[1]),
+        "steps": len(out["plain"]["history"]) - 1,
+        "mask_id": None if model.diffusion is None else model.diffusion.mask_id,
+        "pieces": {} if tokenizer is None else dict(zip(map(str, ids), tokenizer.pieces(ids), strict=True)),
+        **out,
+    }
+
+
+def _row_sparse(codes: Any) -> bool:
+    return hasattr(codes, "values") and hasattr(codes, "indices")
+
+
+@functools.partial(jax.jit, static_argnames=("model", "collect"))
+def _replay(model: Any, params: dict, states: Int[Array, "S L"], collect: tuple[str, ...]) -> dict[str, Float[Array, "S L D"]]:
+    """Activations that each step had before its edit: the states run again, all at once, without edits."""
+    taps = model.apply(params, states, logits=False, collect=collect).taps
+    return {f"{name}@{layer}": x.astype(jnp.float32) for name, layers in taps.items() for layer, x in layers.items()}
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _follow(spec: Any, weights: Any, x: Float[Array, "S L D"], latent: Int[Array, ""]) -> Float[Array, "S L"]:
+    return spec.encode(weights, x).latent(latent)
+
+
+@functools.partial(jax.jit, static_argnames="n_prompt")
+def _changes(
+    edit: Edit, x: Float[Array, "S L D"], masked: Bool[Array, "S L"], commit: Int[Array, " L"], n_prompt: int
+) -> Float[Array, "S L"]:
+    prompt = jnp.arange(x.shape[1])[None] < n_prompt
+
+    def one(step: Array, x: Array, masked: Array) -> Array:
+        now = edit.at_step(step, n_steps, prompt=prompt, masked=masked[None], just_committed=(commit == step - 1)[None] & ~prompt)
+        change = now.apply(x[None], x[None])[0] - x
+        return jnp.linalg.norm(change, axis=-1) / jnp.maximum(jnp.linalg.norm(x, axis=-1), 1e-12)
+
+    n_steps = x.shape[0]
+    return jax.vmap(one)(jnp.arange(n_steps), x, masked)
+
+
+def _relative_sizes(edit: Edit, x: Array, masked: Array, commit: Array, n_prompt: int) -> list[float]:
+    changes = np.asarray(_changes(edit, x, masked, commit, n_prompt))
+    return [float(np.median(row[row > 0])) if (row > 0).any() else 0.0 for row in changes]
