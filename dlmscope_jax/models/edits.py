@@ -81,7 +81,8 @@ class Edit:
             if self.kind not in KINDS:
                 raise UserError(f"edit: kind {self.kind!r} is not known: one of {', '.join(KINDS)}")
             if (self.kind in DICTIONARY_KINDS) != isinstance(self.value, InDictionary):
-                raise UserError(f"edit: kind {self.kind!r} takes {'an InDictionary' if self.kind in DICTIONARY_KINDS else 'an array'} as value")
+                wanted = "an InDictionary" if self.kind in DICTIONARY_KINDS else "an array"
+                raise UserError(f"edit: kind {self.kind!r} takes {wanted} as value")
             if self.read_site is not None:
                 read, read_layer = parse_site(self.read_site)
                 order = list(BLOCK_SITES)

@@ -89,9 +89,8 @@ class Transformer(nn.Module):
         buffers = {
             name: jnp.zeros((len(layers) + 1, batch, length, site_width(f"{name}@0", cfg)), self.dtype) for name, layers in wanted.items()
         }
-        slots = {
-            name: jnp.array([layers.index(i) if i in layers else len(layers) for i in range(cfg.n_layers)]) for name, layers in wanted.items()
-        }
+        slot = lambda layers, i: layers.index(i) if i in layers else len(layers)  # noqa: E731
+        slots = {name: jnp.array([slot(layers, i) for i in range(cfg.n_layers)]) for name, layers in wanted.items()}
         block = Block(cfg, self.dtype, parent=None)
 
         def run(carry: tuple, step: tuple) -> tuple:
