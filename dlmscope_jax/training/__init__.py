@@ -1,0 +1,54 @@
+"""Training of dictionaries and of small language models; progress for every long job.
+
+The names load on first use: progress is wanted by commands that must start without jax.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checkpoints import load_latest, save_checkpoint
+    from .loop import Trained, train
+    from .metrics import read_metrics
+    from .progress import Progress
+    from .spec import TrainSpec
+    from .state import TrainState, estimate_scale, init_state
+    from .step import learning_rate, make_step
+
+_HOMES = {
+    "Progress": "progress",
+    "TrainSpec": "spec",
+    "TrainState": "state",
+    "Trained": "loop",
+    "estimate_scale": "state",
+    "init_state": "state",
+    "learning_rate": "step",
+    "load_latest": "checkpoints",
+    "make_step": "step",
+    "read_metrics": "metrics",
+    "save_checkpoint": "checkpoints",
+    "train": "loop",
+}
+__all__ = [
+    "Progress",
+    "TrainSpec",
+    "TrainState",
+    "Trained",
+    "estimate_scale",
+    "init_state",
+    "learning_rate",
+    "load_latest",
+    "make_step",
+    "read_metrics",
+    "save_checkpoint",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = found
+    return found

@@ -1,0 +1,259 @@
+"""``train``: one pass over a source, several dictionaries, everything on disk that another process needs to go on."""
+
+import dataclasses
+import json
+import logging
+from collections import deque
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from dlmscope_jax.activations import Corruption
+from dlmscope_jax.config import to_mapping
+from dlmscope_jax.dictionaries import DictionaryMeta, TopK, load_dictionary, save_dictionary
+from dlmscope_jax.errors import UserError
+
+from .checkpoints import difference, load_latest, remove_checkpoints, save_checkpoint
+from .metrics import MetricsFile
+from .progress import Progress
+from .sources import Source, open_source
+from .spec import TrainSpec
+from .state import TrainState, init_state
+from .step import Metrics, Step, make_step
+
+# Unblocked programs pile up memory, and on virtual CPU devices their collectives can deadlock.
+_IN_FLIGHT = 2
+_BAD_IN_A_ROW = 20
+_CHECKPOINTS, _METRICS = "checkpoints", "metrics.jsonl"
+_log = logging.getLogger(__name__)
+
+
+class Trained(NamedTuple):
+    """A trained dictionary; ``params`` act on raw rows. ``path`` is its folder, with ``metrics.jsonl`` beside the weights."""
+
+    spec: TopK
+    params: dict
+    meta: DictionaryMeta
+    path: Path
+
+
+def train(
+    specs: TrainSpec | Iterable[TrainSpec],
+    source: Any,
+    run_dir: str | Path,
+    meta: Mapping[str, Any] | None = None,
+    checkpoint_every: int = 1000,
+    progress: Progress | None = None,
+) -> list[Trained]:
+    """Trains one or several dictionaries from one pass over ``source`` and saves each in ``run_dir/<spec.name>``.
+
+    Each batch is read and moved once. A dictionary comes out bit for bit as if it had been trained alone.
+
+    The same call again goes on where a killed one was, bit for bit, and loads what is finished. Checkpoints are removed
+    when their dictionary is saved. An iterator must then give the same batches from its start.
+
+    Args:
+      specs: trainings with equal ``steps``, ``batch_size``, ``seed`` and ``select``, of different ``name``.
+      source: an ``ActivationStore``; an array [rows, D] or a mapping from sites to arrays; an iterable of batches [batch_size, D].
+      run_dir: the folder of the run.
+      meta: fields of ``DictionaryMeta`` that the source does not know (``model``, ``layer``, ``tokenizer``, ...).
+      checkpoint_every: steps between two checkpoints.
+      progress: counts steps; earlier runs' steps are skipped.
+
+    Returns:
+      The trained dictionaries in the order of ``specs``.
+
+    Raises:
+      UserError: specs that do not fit each other or the source; another training's files in ``run_dir``; checkpoints of which
+        none is whole; a source that ends early; 20 batches in a row that are not finite; a full disk.
+    """
+    wanted = [specs] if isinstance(specs, TrainSpec) else list(specs)
+    _check(wanted, checkpoint_every)
+    first = wanted[0]
+    rows = open_source(source, first.batch_size, first.seed, first.select)
+    runs = [_Run(spec, rows, Path(run_dir) / spec.name, meta or {}) for spec in wanted]
+    unfinished = [run for run in runs if not run.finished()]
+    for run in unfinished:
+        run.begin(rows)
+    try:
+        _loop(unfinished, rows, first.steps, checkpoint_every, progress)
+    finally:
+        for run in unfinished:
+            run.metrics.close()
+    if progress is not None and not unfinished:
+        progress.skip(first.steps)
+    return [run.result() for run in runs]
+
+
+def _loop(runs: list["_Run"], rows: Source, steps: int, checkpoint_every: int, progress: Progress | None) -> None:
+    if not runs:
+        return
+    start = min(run.start for run in runs)
+    if progress is not None and start:
+        progress.skip(start)
+    sites = sorted({run.site for run in runs})
+    batches = rows.batches(start, sites)
+    waiting: deque[tuple[int, list[tuple[_Run, Metrics]]]] = deque()
+
+    def settle(most: int) -> None:
+        """Reads the metrics of the oldest steps, which waits for them, until at most so many are in flight."""
+        while len(waiting) > most:
+            step, found = waiting.popleft()
+            for run, metrics in found:
+                run.note(step, jax.device_get(metrics))
+            if progress is not None:
+                progress.note(" | ".join(run.words for run in runs if run.words))
+                progress.advance()
+
+    try:
+        for step in range(start, steps):
+            batch = jax.device_put(next(batches))
+            waiting.append((step, [(run, run.update(batch[run.site])) for run in runs if run.start <= step]))
+            settle(_IN_FLIGHT - 1)
+            if (step + 1) % checkpoint_every == 0 and step + 1 < steps:
+                settle(0)
+                for run in runs:
+                    if run.start <= step:
+                        run.checkpoint(step + 1)
+        settle(0)
+    finally:
+        close = getattr(batches, "close", None)
+        if close is not None:
+            close()
+    for run in runs:
+        run.finish()
+
+
+class _Run:
+    """One dictionary of a call to ``train``: its state, and its files."""
+
+    state: TrainState
+    metrics: MetricsFile
+    step: Step
+
+    def __init__(self, spec: TrainSpec, rows: Source, folder: Path, meta: Mapping[str, Any]):
+        self.spec, self.folder = spec, folder
+        self.site = rows.site(spec.site)
+        width = rows.sites[self.site]
+        if width != spec.dictionary.d_in:
+            raise UserError(
+                f"train: {self.site or 'the array'} has rows of {width} entries, the dictionary {spec.name} reads {spec.dictionary.d_in}: "
+                f"use d_in={width}"
+            )
+        # what makes this training this training; a site's label does not matter where there is only one
+        self.identity = {"training": json.loads(json.dumps(to_mapping(spec))), "source": rows.fingerprint}
+        self.meta = _meta(spec, self.site, rows.meta, meta, {**self.identity, "rows": spec.steps * spec.batch_size})
+        self.start, self.bad, self.words = 0, 0, ""
+
+    def finished(self) -> bool:
+        """Whether this very training is already saved.
+
+        Raises:
+          UserError: another dictionary is saved there.
+        """
+        if not (self.folder / "config.json").exists():
+            return False
+        there = load_dictionary(self.folder)[2].extra
+        found = {name: there.get(name) for name in self.identity}
+        if found != self.identity:
+            raise UserError(
+                f"{self.folder} holds a dictionary of another training ({difference(found, self.identity)}): "
+                "choose another run_dir or delete it"
+            )
+        return True
+
+    def begin(self, rows: Source) -> None:
+        """The state of the newest checkpoint, or a fresh one."""
+        spec = self.spec
+        self.step = make_step(spec)
+        found = load_latest(self.folder / _CHECKPOINTS, jax.eval_shape(lambda: init_state(spec)), self.identity)
+        if found is None:
+            self.state = init_state(spec, sample=rows.sample(spec.sample_rows, spec.batch_size, self.site))
+        else:
+            self.start, self.state = found
+            _log.info("%s goes on from step %d", self.folder, self.start)
+        self.metrics = MetricsFile(self.folder / _METRICS, spec.steps, spec.batch_size, self.start)
+
+    def update(self, batch: jax.Array) -> Metrics:
+        """Starts a step; its metrics are there when it is done."""
+        self.state, metrics = self.step(self.state, batch)
+        return metrics
+
+    def note(self, step: int, metrics: dict[str, tuple[Any, Any]]) -> None:
+        """Takes the metrics of 0-based ``step``; says so when its batch was bad."""
+        values = {name: (float(total), float(count)) for name, (total, count) in metrics.items()}
+        if values["skipped"][0]:
+            self.bad += 1
+            _log.warning("%s: batch of step %d skipped: its loss or gradient is not finite", self.folder, step)
+            if self.bad == _BAD_IN_A_ROW:
+                raise UserError(
+                    f"train: the last {self.bad} batches of {self.spec.name} (to step {step}) were skipped because loss or gradient is not "
+                    "finite: look for NaN or infinity in the rows, or lower lr"
+                )
+        else:
+            self.bad = 0
+        means = self.metrics.add(step + 1, values)
+        if means is not None and means["explained_variance"] is not None:
+            self.words = f"{self.spec.name} EV {means['explained_variance']:.3f} dead {100 * (means['dead'] or 0):.1f} %"
+
+    def checkpoint(self, step: int) -> None:
+        """Everything so far becomes durable."""
+        self.metrics.sync()
+        save_checkpoint(self.folder / _CHECKPOINTS, step, self.state, self.identity)
+
+    def finish(self) -> None:
+        """Saves the dictionary, folded so that it acts on raw rows; the checkpoints have served."""
+        self.metrics.sync()
+        scale = float(self.state.input_scale)
+        extra = {**self.meta.extra, "skipped_batches": int(self.state.skipped)}
+        meta = dataclasses.replace(self.meta, input_scale=scale, scale_folded=True, extra=extra)
+        save_dictionary(self.folder, self.spec.dictionary, self.spec.dictionary.fold(self.state.params, scale), meta)
+        remove_checkpoints(self.folder / _CHECKPOINTS)
+
+    def result(self) -> Trained:
+        """What is saved, read back: what the caller gets is what anybody will load."""
+        spec, params, meta = load_dictionary(self.folder)
+        return Trained(spec, params, meta, self.folder)
+
+
+def _check(specs: list[TrainSpec], checkpoint_every: int) -> None:
+    if not specs:
+        raise UserError("train: no dictionary to train: give at least one TrainSpec")
+    if checkpoint_every < 1:
+        raise UserError(f"train: checkpoint_every = {checkpoint_every} must be at least 1 step")
+    for field in ("steps", "batch_size", "seed", "select"):
+        values = {getattr(spec, field) for spec in specs}
+        if len(values) > 1:
+            shown = ", ".join(sorted(map(str, values)))
+            raise UserError(f"train: dictionaries of one pass share their {field}, got {shown}: call train once for each")
+    names = [spec.name for spec in specs]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"train: two dictionaries are called {name!r}: train them in different run_dirs")
+
+
+def _meta(spec: TrainSpec, site: str, known: Mapping[str, Any], given: Mapping[str, Any], extra: dict[str, Any]) -> DictionaryMeta:
+    """The card, from what the source says of its rows and what the caller adds."""
+    name = site or spec.site or "unknown"
+    layer = name.rpartition("@")[2]
+    corruption = known.get("corruption")
+    if isinstance(corruption, Mapping):
+        corruption = str(Corruption(**corruption))
+    fields = {
+        "model": "unknown",
+        "site": name,
+        "layer": int(layer) if layer.isdigit() else -1,
+        "corruption": corruption,
+        "select": spec.select,
+        "seed": spec.seed,
+        "steps": spec.steps,
+        **{field: known[field] for field in ("model", "model_identity", "tokenizer", "weight_processing") if field in known},
+        **{field: value for field, value in given.items() if field != "extra"},
+    }
+    allowed = {field.name for field in dataclasses.fields(DictionaryMeta)} - {"input_scale", "scale_folded"}
+    for field in fields:
+        if field not in allowed:
+            raise UserError(f"train: meta has no field {field!r}: there are {', '.join(sorted(allowed))}")
+    return DictionaryMeta(**fields, extra={**given.get("extra", {}), **extra})
