@@ -4,6 +4,8 @@ The names below are imported when they are first used, so that ``import dlmscope
 """
 
 import importlib
+import sys
+from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -68,10 +70,30 @@ __all__ = sorted(_ROOMS)  # pyright: ignore
 def __getattr__(name: str) -> Any:
     if name not in _ROOMS:
         raise AttributeError(f"module 'dlmscope_jax' has no attribute {name!r}")
-    found = getattr(importlib.import_module(f"dlmscope_jax.{_ROOMS[name]}"), name)
+    room = importlib.import_module(f"dlmscope_jax.{_ROOMS[name]}")
+    if name == _ROOMS[name]:  # the room is called as its function is; see _Room
+        return room
+    found = getattr(room, name)
     globals()[name] = found
     return found
 
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_ROOMS])
+
+
+class _Room(ModuleType):
+    """A room that can be called by the function of its own name: ``ds.report(run)`` and ``ds.report.read_run`` both work."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return getattr(self, self.__name__.rpartition(".")[2])(*args, **options)
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        if _ROOMS.get(name) == name and type(value) is ModuleType:  # the import system has just loaded that room
+            value.__class__ = _Room
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dlmscope_jax import config
+from dlmscope_jax import __version__, config
 from dlmscope_jax.errors import UserError
 
 # verb -> module of recipes, function, what it does
@@ -57,9 +57,7 @@ def _run(arguments: list[str]) -> int:
         print(_overview())
         return 0
     if arguments[0] == "--version":
-        from importlib.metadata import version
-
-        print(f"dlmscope_jax {version('dlmscope_jax')}")
+        print(f"dlmscope_jax {__version__}")
         return 0
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:

@@ -26,7 +26,7 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any]) -> T:
 
     Args:
       cls: a dataclass whose fields are bool, int, float, str, ``Literal``, ``X | None``, ``tuple[X, ...]``,
-        ``dict[str, X]`` or dataclasses of these.
+        ``dict[str, X]``, ``Any`` or dataclasses of these.
       mapping: field names -> plain values; fields that are absent keep their defaults.
 
     Raises:
@@ -163,6 +163,8 @@ def _build(cls: Any, value: Any, path: str) -> Any:
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, path)
     if origin is Literal:

@@ -102,9 +102,12 @@ def test_every_public_name_is_there():
 
 def test_the_report_is_callable_whichever_way_it_was_imported_first():
     """``ds.report(...)`` is a function, although ``dlmscope_jax.report`` is a room as well."""
-    script = "import dlmscope_jax.report.html as h, dlmscope_jax as ds; assert callable(ds.report); from dlmscope_jax.report import report"
-    assert run(sys.executable, "-c", script).returncode == 0
-    assert run(sys.executable, "-c", "import dlmscope_jax as ds; assert callable(ds.report); import dlmscope_jax.report").returncode == 0
+    room_first = "import dlmscope_jax.report.run as r, dlmscope_jax as ds; assert r.read_run is ds.report.read_run"
+    function_first = "import dlmscope_jax as ds; ds.report; import dlmscope_jax.report; from dlmscope_jax.report import read_run"
+    for first in (room_first, function_first):
+        call = "\ntry: ds.report('nowhere')\nexcept ds.UserError as e: print(e)"
+        done = run(sys.executable, "-c", first + call)
+        assert done.returncode == 0 and "nowhere" in done.stdout, done.stderr
 
 
 def test_a_wheel_holds_the_pocket_models_and_the_type_marker(tmp_path):
