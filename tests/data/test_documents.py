@@ -101,6 +101,7 @@ def test_near_duplicates_share_a_side():
     edited = [t + " " + prose(5000 + i, 30) for i, t in enumerate(texts)]  # 48 of 60 + 30 - 12 = 78 grams are shared
     sides = assign_sides(texts + edited)
     assert sides[:200] == sides[200:]
+    assert assign_sides((texts + edited)[::-1]) == sides[::-1]
     assert assign_sides(texts)[:200] != assign_sides(edited)  # alone they would not agree
 
 
