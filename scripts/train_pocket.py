@@ -28,10 +28,11 @@ SHAPE = ModelConfig(
     rope_theta=10000.0, max_positions=256, attention="bidirectional", bos_id=0, eos_id=1, pad_id=2,
 )  # fmt: skip
 MASK = 3
-STEPS = {"pocket-dlm": 750, "pocket-ar": 750, "pocket-dream": 300}
-PEAK = {"pocket-dlm": 3e-3, "pocket-ar": 3e-3, "pocket-dream": 1.5e-3}
-EVERY = 75  # steps between evaluations, which are also checkpoints
-HELD_OUT = 64  # blocks of dev and of test in those evaluations
+STEPS = {"pocket-dlm": 2400, "pocket-ar": 2400, "pocket-dream": 900}
+PEAK = {"pocket-dlm": 2e-3, "pocket-ar": 2e-3, "pocket-dream": 1e-3}
+BATCH = 8  # 2,048 tokens a step: a masked model leaves its unigram plateau after a number of steps, not of tokens
+EVERY = 200  # steps between evaluations, which are also checkpoints
+HELD_OUT = 48  # blocks of dev and of test in those evaluations
 
 
 def pocket_model(name: str) -> Transformer:
@@ -85,7 +86,7 @@ def main() -> None:
     held_out = {side: np.random.default_rng(0).permutation(len(sides[side].tokens))[:HELD_OUT] for side in ("dev", "test")}
 
     model = pocket_model(args.model)
-    spec = lm.LanguageModelSpec(steps=STEPS[args.model], learning_rate=PEAK[args.model], seed=args.seed)
+    spec = lm.LanguageModelSpec(steps=STEPS[args.model], batch_size=BATCH, learning_rate=PEAK[args.model], seed=args.seed)
     state = lm.init_language_model(spec, initial_parameters(args.model, model, args.work, args.seed))
     step, evaluate = lm.make_language_model_step(model, spec), lm.make_evaluation(model)
     log = folder / "log.jsonl"
@@ -100,9 +101,12 @@ def main() -> None:
         rows = lm.batch_rows(spec, i, len(train))
         state, metrics = step(state, train[rows], keep[rows])
         recent.append(float(metrics["loss"]))
-        print(f"{args.model} step {i + 1}/{spec.steps} loss {recent[-1]:.3f} {len(recent) * train[rows].size / (time.time() - started):.0f} tokens/s", flush=True)
+        if (i + 1) % 10 == 0:
+            rate = len(recent) * train[rows].size / (time.time() - started)
+            print(f"{args.model} step {i + 1}/{spec.steps} loss {np.mean(recent[-10:]):.3f} {rate:.0f} tokens/s", flush=True)
         if (i + 1) % EVERY == 0 or i + 1 == spec.steps:
-            loss = {side: evaluate(state.params, sides[side].tokens[r], sides[side].documents[r] >= 0) for side, r in held_out.items()}
+            blocks = {side: sides[side].take(rows) for side, rows in held_out.items()}
+            loss = {side: evaluate(state.params, b.tokens, b.documents >= 0) for side, b in blocks.items()}
             if loss["dev"] < best:
                 best = loss["dev"]
                 save_tree(folder / "best.npz", state.params)

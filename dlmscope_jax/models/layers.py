@@ -122,12 +122,14 @@ class Block(nn.Module):
         batch, length, _ = x.shape
         precision = precision_of(self.dtype)
 
-        def weight(name: str, *shape: int, fan_in: int = 0) -> Array:
-            init = nn.initializers.normal(1 / math.sqrt(fan_in)) if fan_in else nn.initializers.ones
+        def weight(name: str, *shape: int, std: float = 0.0) -> Array:
+            init = nn.initializers.normal(std) if std else nn.initializers.ones
             return self.param(name, init, shape, jnp.float32).astype(self.dtype)
 
         def linear(name: str, value: Array, width: int, bias: bool = False) -> Array:
-            out = project(value, weight(name, value.shape[-1], width, fan_in=value.shape[-1]), precision)
+            # what writes to the residual stream starts small, so that the stream's variance stays that of the embedding
+            share = 2 * cfg.n_layers if name in ("o", "down") else 1
+            out = project(value, weight(name, value.shape[-1], width, std=1 / math.sqrt(value.shape[-1] * share)), precision)
             return out + self.param(f"{name}_bias", nn.initializers.zeros, (width,), jnp.float32).astype(self.dtype) if bias else out
 
         def site(name: str, value: Array) -> Array:

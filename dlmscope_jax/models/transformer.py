@@ -71,7 +71,7 @@ class Transformer(nn.Module):
           UserError: for a site that this model does not have.
         """
         cfg = self.config
-        embed = self.param("embed", nn.initializers.normal(0.02), (cfg.vocab_size, cfg.d_model), jnp.float32)
+        embed = self.param("embed", nn.initializers.normal(1.0 if not cfg.tied_head else 0.02), (cfg.vocab_size, cfg.d_model), jnp.float32)
         blocks = self.param("blocks", self._init_blocks)
         final_norm = self.param("final_norm", nn.initializers.ones, (cfg.d_model,), jnp.float32)
         head = embed if cfg.tied_head else self.param("head", nn.initializers.normal(0.02), (cfg.vocab_size, cfg.d_model), jnp.float32)

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from torch_twins import torch_twin
 
 from dlmscope_jax.models import load_model
 from dlmscope_jax.models.families import family_of
@@ -19,7 +18,7 @@ TOLERANCE = 5e-5  # float32; torch itself is about 1.2e-5 from a float64 referen
 
 
 @pytest.fixture
-def case(family, tmp_path, tokens):
+def case(family, tmp_path, tokens, torch_twin):
     twin, additive = torch_twin(family, tmp_path)
     return load_model(tmp_path), twin, additive, np.asarray(tokens)
 
@@ -97,7 +96,7 @@ def test_bfloat16_agrees_within_its_rounding(case, tmp_path):
     assert np.linalg.norm(ours - logits) / np.linalg.norm(logits) < 2e-2
 
 
-def test_hub_and_transformers_spelling_read_alike(family, tmp_path, tokens):
+def test_hub_and_transformers_spelling_read_alike(family, tmp_path, torch_twin):
     if family == "llada":
         pytest.skip("transformers does not write LLaDA")
     torch_twin(family, tmp_path)
@@ -109,7 +108,7 @@ def test_hub_and_transformers_spelling_read_alike(family, tmp_path, tokens):
     assert load_model(tmp_path)[0].config == model.config
 
 
-def test_llama3_rope_scaling(tmp_path, tokens):
+def test_llama3_rope_scaling(tmp_path, tokens, torch_twin):
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
     twin, additive = torch_twin("llama", tmp_path, rope_parameters={"rope_type": "llama3", "rope_theta": 500.0} | scaling)
     logits, _ = run_twin(twin, additive, np.asarray(tokens))
@@ -117,7 +116,7 @@ def test_llama3_rope_scaling(tmp_path, tokens):
     np.testing.assert_allclose(model.apply(params, tokens).logits, logits, atol=TOLERANCE)
 
 
-def test_sharded_files(tmp_path, tokens):
+def test_sharded_files(tmp_path, torch_twin):
     twin, _ = torch_twin("qwen2", tmp_path / "one")
     twin.save_pretrained(tmp_path / "many", max_shard_size="20KB")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
