@@ -1,0 +1,101 @@
+"""How well dictionaries reconstruct: one table with the models beside each other, and explained variance by corruption rate."""
+
+from typing import Any
+
+from .charts import Axis, Point, Series, line_plot, side_by_side
+from .markup import Html, el, join
+from .overview import described
+from .page import Section, lead, missing
+from .run import Dictionary, Run
+from .tables import fixed, interval, number, percent
+
+_SETS = {"all": "all rows", "masked": "masked", "visible": "visible", "predicting": "predicting"}
+
+
+def _quartiles(values: dict[str, Any] | None) -> str:
+    if not values or values.get("median") is None:
+        return "–"
+    return f"{fixed(values['median'])} ({fixed(values.get('q25'))} – {fixed(values.get('q75'))})"
+
+
+# name, how its row is set ("own": only the rows that a dictionary was trained on count), how it is read from a set
+_QUANTITIES = (
+    ("Explained variance", None, lambda s: _measured(s, "explained_variance", fixed)),
+    ("without position 0 and outliers", "sub", lambda s: fixed((s.get("filtered") or {}).get("explained_variance"))),
+    ("Cosine of x and x̂", None, lambda s: _measured(s, "cosine", fixed)),
+    ("‖x − x̂‖ / ‖x‖, median (quartiles)", None, lambda s: _quartiles(s.get("relative_error"))),
+    ("L0", None, lambda s: _measured(s, "l0", lambda v: fixed(v, 1))),
+    ("Dead", "own", lambda s: percent(s.get("dead_share"))),
+    ("Dense, fires on > 1 %", None, lambda s: percent(s.get("dense_share_1pct"))),
+    ("Dense, fires on > 10 %", None, lambda s: percent(s.get("dense_share_10pct"))),
+    ("n, rows", None, lambda s: number(s.get("rows"))),
+)
+
+
+def fidelity(run: Run) -> Section:
+    """The fidelity table of every place, models side by side, then explained variance by rate."""
+    measured = [d for d in run.dictionaries if d.sets]
+    if not measured:
+        return Section("fidelity", "Fidelity", missing("Fidelity was not measured in this run (no results of kind “fidelity”)."))
+    places = list(dict.fromkeys(d.label for d in measured))
+    tables = [_table(run, place, [d for d in measured if d.label == place]) for place in places]
+    absent = [m.name for m in run.models if not any(d.model == m.name for d in measured)]
+    notes = [missing("Not measured for " + ", ".join(absent) + ".")] if absent else []
+    for d in measured:
+        if d.fidelity.get("enough_rows") is False:
+            notes.append(missing(f"{d.name}: fewer than {number(d.fidelity.get('rows_needed_for_dead'))} rows, too few to call a latent dead."))
+        if d.fidelity.get("forced"):
+            notes.append(missing(f"{d.name}: measured in spite of a mismatch: {'; '.join(d.fidelity['forced'])}."))
+    said = lead(
+        "Reconstruction of held-out rows. Masked and visible rows are those whose own input is, or is not, a mask. Dead latents fired on none "
+        "of the n rows of the dictionary's own kind. Brackets are 95 % intervals over documents. Explained variance depends on the spread of the rows that it is taken over: compare it across columns only "
+        "together with the relative error."
+    )
+    return Section("fidelity", "Fidelity", join([said, *tables, *notes, _by_rate(run, measured)]))
+
+
+def _measured(values: dict[str, Any], key: str, form: Any) -> str:
+    found = (values.get("intervals") or {}).get(key)
+    return interval(found, form) if found else form(values.get(key))
+
+
+def _table(run: Run, place: str, dictionaries: list[Dictionary]) -> Html:
+    columns: list[tuple[Dictionary, str]] = []
+    first = [el("th", place, scope="col", rowspan=2)]
+    for m in run.models:
+        for d in dictionaries:
+            if d.model == m.name:
+                sets = _distinct(d.sets)
+                columns += [(d, name) for name in sets]
+                first.append(el("th", described(m), scope="colgroup", colspan=len(sets), class_=f"over c{run.column(m.name)}"))
+    second = [el("th", _SETS.get(name, name), scope="col", class_="n") for _, name in columns]
+    rows = []
+    for title, style, read in _QUANTITIES:
+        shown = [read(d.sets[name]) if style != "own" or d.fidelity.get("own", name) == name else "" for d, name in columns]
+        rows.append(el("tr", el("th", title, scope="row", class_=style), *(el("td", cell, class_="n") for cell in shown)))
+    body = el("table", el("thead", el("tr", *first), el("tr", *second)), el("tbody", *rows), class_="fidelity")
+    return el("div", body, class_="scroll", tabindex="0", role="group", aria_label=f"Fidelity at {place}")
+
+
+def _distinct(sets: dict[str, dict[str, Any]]) -> list[str]:
+    """The sets without those that are all rows under another name (an autoregressive model reads no masks)."""
+    everything = sets.get("all", {}).get("rows")
+    return [name for name, values in sets.items() if name == "all" or values.get("rows") != everything]
+
+
+def _by_rate(run: Run, measured: list[Dictionary]) -> Html | None:
+    plots = []
+    for place in dict.fromkeys(d.label for d in measured):
+        for key, title in (("explained_variance", "with each bin's own mean"), ("explained_variance_global_mean", "with the mean of all rows")):
+            series = []
+            for d in (d for d in measured if d.label == place):
+                bins = (d.sets.get("all") or next(iter(d.sets.values()))).get("by_rate") or []
+                points = tuple(Point((b["low"] + b["high"]) / 2, b.get(key)) for b in bins)
+                if any(p.y is not None for p in points):
+                    column = run.column(d.model)
+                    series.append(Series(d.model, points, colour=column, mark=column))
+            if series:
+                plots.append(line_plot(f"{place}, {title}", series, Axis("corruption rate (middle of its bin)", low=0.0, high=1.0), Axis("explained variance")))
+    if not plots:
+        return None
+    return join([el("h3", "Explained variance by corruption rate"), side_by_side(plots)])

@@ -1,0 +1,234 @@
+"""A run folder as one value: what the report's sections read, and nothing else.
+
+    runs/<name>/
+      config.yaml                                       shown as it is
+      results/*.json                                    one measured thing each; file names are free, "kind" says what it is
+      dictionaries/<model>/<site>_k<k>/metrics.jsonl    training curves, one JSON object a line: step and any numbers
+
+Kinds ("version" is 1 in all; an unknown kind or version is named in the report and left out, unknown keys are ignored):
+
+``run``
+    name, seed, command, device, ``models`` [{name, family, objective: "diffusion" | "shifted diffusion" | "autoregressive",
+    identity, parameters, n_layers, d_model, vocab_size}] in the order of the report's columns, ``corpus`` {name, tokenizer,
+    block_length, sides: {train: {documents, blocks, rows}, ...}}, ``versions`` {package: version},
+    ``times`` [{stage, seconds, rows, reused}].
+``fidelity``
+    dictionary, model, site, k, width, ``sets`` {"all" | "masked" | "visible" | ...: what ``StreamingFidelity.finish`` gives, and
+    ``intervals`` {quantity: interval}}; the keys of one set may stand at the top instead.
+``delta_loss``
+    dictionary and what ``analysis.delta_losses`` gives for it.
+``features``
+    dictionary, model, site, rows, blocks, side, seed, dead_share, selection, mask_id, ``pieces`` {id: text} for every id below,
+    ``records``: feature records (see ``features.py``).
+``steered_generation``
+    dictionary, prompt, sampler and what ``analysis.steered_generation`` gives.
+
+``dictionary`` is the folder below ``dictionaries/``, for instance ``pocket-dlm/resid_post@2_k32``. A result of a dictionary that
+was trained elsewhere may name it as it likes.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dlmscope_jax.errors import UserError
+
+VERSION = 1
+_NAMED = re.compile(r"^(?P<model>.+)/(?P<site>[^/]+?@\d+)(?:_k(?P<k>\d+))?$")
+OBJECTIVES = ("diffusion", "shifted diffusion", "autoregressive")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A language model of the run; ``facts`` is its entry in the run's summary, empty where there is none."""
+
+    name: str
+    objective: str | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Dictionary:
+    """A dictionary of the run and everything that was measured of it; None or empty is "not measured"."""
+
+    name: str
+    model: str
+    site: str
+    k: int | None
+    curve: tuple[dict[str, Any], ...] = ()
+    fidelity: dict[str, Any] | None = None
+    insertion: dict[str, Any] | None = None
+    features: dict[str, Any] | None = None
+
+    @property
+    def label(self) -> str:
+        """Its place inside its model: site and k."""
+        return self.site + (f", k {self.k}" if self.k is not None else "")
+
+    @property
+    def sets(self) -> dict[str, dict[str, Any]]:
+        """Fidelity by evaluated set of rows."""
+        if self.fidelity is None:
+            return {}
+        return self.fidelity.get("sets") or ({"all": self.fidelity} if "explained_variance" in self.fidelity else {})
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything in a run folder that can be shown."""
+
+    path: Path
+    name: str
+    summary: dict[str, Any]
+    config: str | None
+    models: tuple[Model, ...]
+    dictionaries: tuple[Dictionary, ...]
+    generations: tuple[dict[str, Any], ...]
+    left_out: tuple[str, ...]
+
+    def model(self, name: str) -> Model:
+        """The model of that name."""
+        return next(model for model in self.models if model.name == name)
+
+    def column(self, name: str) -> int:
+        """Its place among the models: the same colour and the same column everywhere."""
+        return [model.name for model in self.models].index(name)
+
+    def of(self, model: str) -> tuple[Dictionary, ...]:
+        """The dictionaries of one model."""
+        return tuple(d for d in self.dictionaries if d.model == model)
+
+
+def read_run(run_dir: str | Path) -> Run:
+    """Collects a run folder.
+
+    Raises:
+      UserError: the folder does not exist, holds no results, or a result in it cannot be read.
+    """
+    path = Path(run_dir)
+    if not path.is_dir():
+        raise UserError(f"report: there is no run folder {path}: give a folder that `dlmscope quickstart` or `dlmscope evaluate` made")
+    files = sorted((path / "results").glob("*.json"))
+    if not files:
+        raise UserError(f"report: {path} holds no results (results/*.json): run `dlmscope evaluate` on it first")
+    summary: dict[str, Any] = {}
+    parts: dict[str, dict[str, Any]] = {}
+    generations, left_out = [], []
+    for file in files:
+        result = _read_json(file)
+        kind, version = result.get("kind"), result.get("version", VERSION)
+        if version != VERSION:
+            left_out.append(f"results/{file.name}: written as version {version}, this report reads version {VERSION}")
+        elif kind == "run":
+            summary = result
+        elif kind in _PARTS:
+            parts.setdefault(_dictionary_of(result, file), {})[_PARTS[kind]] = result
+        elif kind == "steered_generation":
+            generations.append({"dictionary": _dictionary_of(result, file), **result})
+        else:
+            left_out.append(f"results/{file.name}: this report does not show results of kind {kind!r}")
+    for metrics in sorted((path / "dictionaries").glob("*/*/metrics.jsonl")):
+        parts.setdefault(metrics.parent.relative_to(path / "dictionaries").as_posix(), {})["curve"] = _read_curve(metrics)
+    dictionaries = [_dictionary(name, found) for name, found in parts.items()]
+    models = _models(summary, dictionaries)
+    order = {model.name: i for i, model in enumerate(models)}
+    config = path / "config.yaml"
+    return Run(
+        path=path,
+        name=str(summary.get("name") or path.resolve().name),
+        summary=summary,
+        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
+        models=models,
+        dictionaries=tuple(sorted(dictionaries, key=lambda d: (order[d.model], _layer(d.site), d.site, d.k or 0, d.name))),
+        generations=tuple(generations),
+        left_out=tuple(left_out),
+    )
+
+
+_PARTS = {"fidelity": "fidelity", "delta_loss": "insertion", "features": "features"}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"report: {file} is not readable JSON ({error}): delete it and measure again") from None
+    if not isinstance(result, dict):
+        raise UserError(f'report: {file} holds a {type(result).__name__}; a result is an object with a "kind"')
+    return _finite(result)
+
+
+def _finite(value: Any) -> Any:
+    """The same with NaN and infinities, which JSON readers of other languages refuse, as None."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _read_curve(file: Path) -> tuple[dict[str, Any], ...]:
+    """Logged steps in order. A resumed run repeats some, the last one counts; a torn last line is what a kill leaves."""
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    found: dict[int, dict[str, Any]] = {}
+    for i, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = _finite(json.loads(line))
+            found[int(entry["step"])] = entry
+        except (ValueError, KeyError, TypeError):
+            if i < len(lines):
+                raise UserError(f"report: {file}, line {i}: not a JSON object with a step") from None
+    return tuple(found[step] for step in sorted(found))
+
+
+def _dictionary_of(result: dict[str, Any], file: Path) -> str:
+    name = result.get("dictionary")
+    if name is None and "model" in result and "site" in result:
+        name = f"{result['model']}/{result['site']}" + (f"_k{result['k']}" if result.get("k") is not None else "")
+    if not isinstance(name, str):
+        raise UserError(f'report: {file} names no "dictionary" that it was measured on')
+    return name
+
+
+def _dictionary(name: str, found: dict[str, Any]) -> Dictionary:
+    match = _NAMED.match(name)
+    stated = [found[part] for part in ("fidelity", "insertion", "features") if part in found]
+
+    def state(key: str) -> Any:
+        return next((part[key] for part in stated if part.get(key) is not None), None)
+
+    model = match["model"] if match else state("model") or name.rpartition("/")[0] or name
+    site = match["site"] if match else state("site") or name.rpartition("/")[2]
+    k = int(match["k"]) if match and match["k"] else state("k")
+    return Dictionary(name, str(model), str(site), k if isinstance(k, int) else None, **found)
+
+
+def _models(summary: dict[str, Any], dictionaries: list[Dictionary]) -> tuple[Model, ...]:
+    """The run's models in the order of its summary; without one, diffusion models first."""
+    described = {entry["name"]: entry for entry in summary.get("models") or () if isinstance(entry, dict) and "name" in entry}
+    found = {}
+    for name in [*described, *sorted({d.model for d in dictionaries} - set(described))]:
+        objective = described.get(name, {}).get("objective")
+        found[name] = Model(name, objective or _inferred([d for d in dictionaries if d.model == name]), described.get(name, {}))
+    if not described:
+        return tuple(sorted(found.values(), key=lambda m: OBJECTIVES.index(m.objective) if m.objective in OBJECTIVES else 9))
+    return tuple(found.values())
+
+
+def _inferred(dictionaries: list[Dictionary]) -> str | None:
+    for d in dictionaries:
+        if d.insertion is not None:
+            if d.insertion.get("objective") == "next token":
+                return "autoregressive"
+            return "shifted diffusion" if d.insertion.get("predicts_next") else "diffusion"
+    return None
+
+
+def _layer(site: str) -> int:
+    layer = site.rpartition("@")[2]
+    return int(layer) if layer.isdigit() else -1

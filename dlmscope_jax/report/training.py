@@ -1,0 +1,63 @@
+"""Training curves of all dictionaries."""
+
+from collections.abc import Sequence
+
+from .charts import Axis, Point, Series, line_plot, side_by_side
+from .markup import join
+from .page import Section, lead, missing
+from .run import Dictionary, Run
+from .tables import fixed, number, percent
+
+_SHOWN = 60  # points a line: more cannot be told apart, and all of them stand in the table
+# what is plotted: title, the names that it may have in the metrics file, its axis
+_CURVES = (
+    ("Loss", ("loss",), "training loss", "log", number),
+    ("L0", ("l0",), "active latents a row", "linear", lambda v: fixed(v, 1)),
+    ("Dead share", ("dead_share", "dead"), "share of latents", "linear", percent),
+    ("Explained variance", ("explained_variance",), "of the batch", "linear", fixed),
+)
+
+
+def training(run: Run) -> Section:
+    """Loss, L0, dead share (and explained variance where it was logged) by step."""
+    trained = [d for d in run.dictionaries if d.curve]
+    if not trained:
+        return Section("training", "Training", missing("No training curves: no dictionary in this folder has a metrics.jsonl."))
+    plots = []
+    for title, names, label, scale, form in _CURVES:
+        series = [_series(run, d, names) for d in trained]
+        series = [s for s in series if any(p.y is not None for p in s.points)]
+        if not series:
+            plots.append(missing(f"{title}: not in the metrics of this run."))
+            continue
+        low = None if scale == "log" else 0.0
+        y = Axis(label, scale if _positive(series) else "linear", low=low, form=form)
+        plots.append(line_plot(title, series, Axis("optimiser step", form=lambda v: number(round(v))), y, keys=True))
+    thinned = max(len(d.curve) for d in trained) > _SHOWN
+    said = "Colour is the model, line pattern the place in it. " + (
+        f"Of the logged steps, {_SHOWN} evenly spaced ones are drawn and tabulated." if thinned else "Every logged step is drawn."
+    )
+    absent = [d.name for d in run.dictionaries if not d.curve]
+    note = missing("Not trained here, or without curves: " + ", ".join(absent) + ".") if absent else None
+    return Section("training", "Training", join([lead(said), side_by_side(plots), note]))
+
+
+def _series(run: Run, d: Dictionary, names: Sequence[str]) -> Series:
+    place = [other.name for other in run.of(d.model)].index(d.name)
+    points = []
+    for entry in thin(d.curve, _SHOWN):
+        value = next((entry[name] for name in names if isinstance(entry.get(name), int | float)), None)
+        points.append(Point(entry["step"], value))
+    column = run.column(d.model)
+    return Series(f"{d.model} {d.label}", tuple(points), colour=column, mark=column, dash=place)
+
+
+def thin(entries: Sequence, most: int) -> list:
+    """At most so many of them, evenly spaced, the first and the last among them."""
+    if len(entries) <= most:
+        return list(entries)
+    return [entries[round(i * (len(entries) - 1) / (most - 1))] for i in range(most)]
+
+
+def _positive(series: Sequence[Series]) -> bool:
+    return all(p.y is None or p.y > 0 for s in series for p in s.points)
