@@ -1,0 +1,217 @@
+"""The verbs: each one takes a run's configuration, does its part for every model, and leaves it in the run's folder.
+
+    runs/<name>/{config.yaml, harvest/<model>/<side>/, dictionaries/<model>/<site>_k<k>/, results/*.json, report.html}
+
+What is there already is not done again, so every verb may be given twice, or killed and given again.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import sys
+from contextlib import nullcontext
+from typing import Any
+
+import jax
+import numpy as np
+
+from dlmscope_jax import config
+from dlmscope_jax.activations import ActivationStore, Corruption, rows_of
+from dlmscope_jax.activations import harvest as harvest_rows
+from dlmscope_jax.analysis import delta_losses
+from dlmscope_jax.analysis import evaluate as fidelity
+from dlmscope_jax.dictionaries import TopK, load_dictionary
+from dlmscope_jax.errors import UserError
+from dlmscope_jax.models import canonical_site, model_identity, site_width
+from dlmscope_jax.report import report as write_report
+from dlmscope_jax.training import Progress, TrainSpec
+from dlmscope_jax.training import train as train_dictionaries
+
+from . import features
+from .configs import Run
+from .work import Work, say
+
+Dictionaries = dict[str, tuple[Any, Any, Any]]  # folder below dictionaries/ -> (spec, params, meta)
+
+
+def harvest(run: Run) -> None:
+    """Runs every model over the text and keeps its activations: a train and a test store each (released dictionaries need only the latter)."""
+    work = Work(run)
+    for name in run.models:
+        harvest_model(work, name)
+
+
+def train(run: Run) -> None:
+    """Trains one dictionary for every model, site and k, from one pass over the model's rows."""
+    work = Work(run)
+    for name in run.models:
+        train_model(work, name)
+
+
+def evaluate(run: Run) -> None:
+    """Measures every dictionary on the test side: fidelity, what its insertion costs (with controls), and records of its latents."""
+    work = Work(run)
+    for name in run.models:
+        evaluate_model(work, name)
+
+
+def report(run: Run) -> None:
+    """Writes ``report.html`` and prints where it is."""
+    print(write_report(Work(run).folder))
+
+
+def harvest_model(work: Work, name: str) -> None:
+    """The stores of one model."""
+    run = work.run
+    wanted = run.harvest
+    model, params = work.model(name)
+    policy = wanted.policy if model.diffusion is not None else "clean"
+    corruption = Corruption(policy, wanted.low, wanted.high) if policy != "clean" else Corruption("clean")
+    tokenizer = work.tokenizer(name)
+    for side, rows in (("train", wanted.train_rows), ("test", wanted.test_rows)):
+        if run.released and side == "train":
+            continue
+        with work.stage(f"harvest {side} rows of", name) as stage:
+            blocks = work.some_blocks(name, side, rows, repeat=side == "train")
+            stage.rows = rows_of(blocks)
+            stage.reused = _is_complete(work, name, side)
+            label = f"harvest {side} {work.labels[name]}"
+            with nullcontext() if stage.reused else Progress(label, total=stage.rows, unit="rows") as bar:
+                harvest_rows(
+                    model, params, blocks, work.store_url(name, side), wanted.sites, corruption, seed=run.seed,
+                    batch_size=wanted.batch_size, progress=bar and bar.advance, meta={"model": name, "tokenizer": tokenizer.digest},
+                )  # fmt: skip
+            if stage.reused:
+                say(f"{label}: {stage.rows:,} rows are there")
+    _describe(work, name)
+
+
+def train_model(work: Work, name: str) -> None:
+    """The dictionaries of one model."""
+    run, recipe = work.run, work.run.train
+    if run.released:
+        raise UserError(f"released: {run.name} examines dictionaries that somebody else trained; there is nothing to train")
+    store = ActivationStore.open(work.store_url(name, "train"))
+    specs = [
+        TrainSpec(
+            TopK(store.sites[site], run.dictionary.width, k), steps=recipe.steps, site=site, select=recipe.select,
+            batch_size=recipe.batch_size, lr=recipe.lr, warmup_steps=recipe.warmup_steps, decay_start=recipe.decay_start,
+            aux_alpha=recipe.aux_alpha, dead_rows=recipe.dead_rows, seed=run.seed,
+        )
+        for site in _sites(run) for k in run.dictionary.k
+    ]  # fmt: skip
+    with work.stage("train dictionaries of", name) as stage:
+        stage.rows = recipe.steps * recipe.batch_size
+        stage.reused = all((work.dictionaries(name) / spec.name / "config.json").is_file() for spec in specs)
+        with Progress(f"train {work.labels[name]}", total=recipe.steps, unit="steps") as bar:
+            train_dictionaries(specs, store, work.dictionaries(name), checkpoint_every=recipe.checkpoint_every, progress=bar)
+
+
+def evaluate_model(work: Work, name: str) -> None:
+    """The results of one model's dictionaries."""
+    run = work.run
+    found = dictionaries_of(work, name)
+    store = ActivationStore.open(work.store_url(name, "test"))
+    model, params = work.model(name)
+    about = {"model": model_identity(model, params), "data": config.to_mapping(run.data), "seed": run.seed, "dtype": run.dtype}
+    marks = {key: _mark(dictionary) for key, dictionary in found.items()}
+    with work.stage("measure fidelity of", name) as stage:
+        stage.reused, stage.rows = True, store.rows
+        for key, dictionary in found.items():
+            inputs = {"store": store.meta, "dictionary": marks[key], "seed": run.seed}
+            if work.read("fidelity", key, inputs) is None:
+                stage.reused = False
+                with Progress(f"fidelity {key}", total=store.rows, unit="rows") as bar:
+                    work.write("fidelity", key, inputs, fidelity(dictionary, store, seed=run.seed, progress=bar.advance))
+    with work.stage("measure insertion into", name) as stage:
+        wanted = run.evaluate
+        rates = wanted.rates if model.diffusion is not None else None
+        scored = {key: {**about, "dictionary": mark, "blocks": wanted.blocks, "rates": rates} for key, mark in marks.items()}
+        missing = {key: found[key] for key in found if work.read("delta_loss", key, scored[key]) is None}
+        stage.reused = not missing
+        if missing:
+            blocks, calibration = (
+                work.some_blocks(name, side, wanted.blocks * run.data.block_length, purpose=1).take(slice(wanted.blocks))
+                for side in ("test", "train")
+            )
+            with Progress(f"insertion {work.labels[name]}", total=len(rates or (0,)) * len(blocks), unit="blocks") as bar:
+                results = delta_losses(
+                    model, params, missing, blocks, rates=rates, seed=run.seed, batch_size=wanted.batch_size,
+                    calibration=calibration, progress=bar.advance,
+                )  # fmt: skip
+            for key, result in results.items():
+                work.write("delta_loss", key, scored[key], result)
+    features.record_model(work, name, found, {key: {**about, "dictionary": mark} for key, mark in marks.items()})
+    _describe(work, name)
+
+
+def dictionaries_of(work: Work, name: str) -> Dictionaries:
+    """The dictionaries of a model in this run: released ones, or those that were trained.
+
+    Raises:
+      UserError: none is there, or a released one says that it belongs elsewhere.
+    """
+    run, label = work.run, work.labels[name]
+    found = {}
+    for released in run.released:
+        spec, params, meta = load_dictionary(released.path, released.subfolder or None)
+        site = canonical_site(released.site)
+        if meta.layer >= 0 and meta.layer != int(site.rpartition("@")[2]):
+            raise UserError(f"released.site: {released.path}/{released.subfolder} says that it reads {meta.site}, the config says {site}")
+        select = released.select if meta.select is None else meta.select
+        if select != released.select:
+            raise UserError(f"released.select: {released.path}/{released.subfolder} was trained on {select} rows, the config says {released.select}")
+        meta = dataclasses.replace(meta, site=site, layer=int(site.rpartition("@")[2]), select=select)
+        found[f"{label}/{site}_k{spec.k}"] = (spec, params, meta)
+    for site in () if run.released else _sites(run):
+        for k in run.dictionary.k:
+            folder = work.dictionaries(name) / f"{site}_k{k}"
+            if not folder.is_dir():
+                raise UserError(f"{folder}: no such dictionary; train it first, with dlmscope train and the same config")
+            found[f"{label}/{site}_k{k}"] = load_dictionary(folder)
+    return found
+
+
+def _sites(run: Run) -> list[str]:
+    return sorted({canonical_site(site) for site in run.harvest.sites})
+
+
+def _is_complete(work: Work, name: str, side: str) -> bool:
+    try:
+        return ActivationStore.open(work.store_url(name, side)).complete
+    except UserError:
+        return False
+
+
+def _mark(dictionary: tuple[Any, Any, Any]) -> dict[str, Any]:
+    """What tells one dictionary from another: its shape, its card and a sum over its weights."""
+    spec, params, meta = dictionary
+    weights = hashlib.sha256()
+    for key in sorted(params):
+        weights.update(key.encode() + np.asarray(params[key]).tobytes())
+    return {"spec": config.to_mapping(spec), "meta": config.to_mapping(meta), "weights": weights.hexdigest()}
+
+
+def _describe(work: Work, name: str) -> None:
+    """The run's summary: its models, its text, what it ran on."""
+    run = work.run
+    model, params = work.model(name)
+    shape, diffusion = model.config, model.diffusion
+    objective = "autoregressive" if diffusion is None else "shifted diffusion" if diffusion.shift else "diffusion"
+    entry = {
+        "name": work.labels[name], "family": shape.family, "objective": objective, "identity": model_identity(model, params),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)), "n_layers": shape.n_layers, "d_model": shape.d_model,
+        "vocab_size": shape.vocab_size, "widths": {site: site_width(site, shape) for site in _sites(run)},
+    }  # fmt: skip
+    sides = {}
+    for side in ("train", "test"):
+        if _is_complete(work, name, side):
+            store = ActivationStore.open(work.store_url(name, side))
+            sides[side] = {"blocks": store.meta["blocks"]["count"], "rows": store.rows}
+    packages = ("dlmscope_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
+    work.note(
+        name=run.name, seed=run.seed, device=f"{jax.device_count()} {jax.devices()[0].device_kind}", models=[entry],
+        command=" ".join(["dlmscope", *sys.argv[1:]]),
+        corpus={"name": run.data.path, "tokenizer": work.tokenizer(name).digest, "block_length": run.data.block_length, "sides": sides},
+        versions={package: importlib.metadata.version(package) for package in packages},
+    )  # fmt: skip

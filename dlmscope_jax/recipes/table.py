@@ -1,0 +1,51 @@
+"""The headline numbers of a run as lines of text; where each comes from is in METHODS.md's terms in the report."""
+
+from pathlib import Path
+from typing import Any
+
+from dlmscope_jax.report import read_run
+from dlmscope_jax.report.insertion import at_reference, reference_rate
+
+_HEAD = ("dictionary", "EV", "L0", "dead", "dloss (nats)", "KL", "noise KL", "zero KL", "scored at")
+
+
+def headline(folder: Path) -> str:
+    """One line a dictionary, all on the test side: explained variance, L0, dead share, and the cost of its insertion.
+
+    ``dloss`` and ``KL`` are for each scored token with the dictionary in place of the activations, at corruption rate .45 (the measured
+    rate nearest to it) or on next tokens; ``noise KL`` and ``zero KL`` are what noise of the same size and zeros cost there.
+    """
+    lines = [_HEAD]
+    for d in read_run(folder).dictionaries:
+        fidelity = d.sets.get("all", {})
+        rate = reference_rate(d)
+        spliced = at_reference(d, "spliced") or {}
+        kl = {name: (at_reference(d, name) or {}).get("kl") for name in ("noise", "zero")}
+        dead = fidelity.get("dead_share")
+        lines.append(
+            (
+                d.name,
+                _shown(fidelity.get("explained_variance"), ".4f"),
+                _shown(fidelity.get("l0"), ".1f"),
+                "-" if dead is None else f"{100 * dead:.1f} %",
+                _interval(spliced.get("delta")),
+                _interval(spliced.get("kl")),
+                _shown((kl["noise"] or {}).get("value"), ".4f"),
+                _shown((kl["zero"] or {}).get("value"), ".4f"),
+                "-" if rate is None else "next token" if rate == 0 else f"rate {rate:g}",
+            )
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(_HEAD))]
+    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))) for line in lines)
+
+
+def _shown(value: Any, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _interval(measured: dict[str, Any] | None) -> str:
+    if not measured or measured.get("value") is None:
+        return "-"
+    if measured.get("low") is None:
+        return f"{measured['value']:.4f}"
+    return f"{measured['value']:.4f} [{measured['low']:.4f}, {measured['high']:.4f}]"
