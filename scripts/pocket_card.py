@@ -166,9 +166,8 @@ def write_card(card: dict) -> None:
     """README.md and card.json of one model."""
     name = card["model"]
     lines = [f"# {name}", "", KINDS[name], ""]
-    lines += [
-        f"{card['parameters']:,} parameters, {SHAPE.n_layers} layers of width {SHAPE.d_model}, byte-level BPE of {SHAPE.vocab_size:,}."
-    ]
+    shape = f"{SHAPE.n_layers} layers of width {SHAPE.d_model}, byte-level BPE of {SHAPE.vocab_size:,}"
+    lines += [f"{card['parameters']:,} parameters, {shape}."]
     lines += ["Trained by `scripts/train_pocket.py` on the train side of the built-in corpus (the standard library sources and pydoc"]
     lines += ["topics that `../corpus.json` lists, ten percent seeded synthetic blocks); measured by `scripts/pocket_card.py` on its"]
     lines += [
