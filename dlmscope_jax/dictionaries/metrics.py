@@ -4,7 +4,7 @@ Definitions are METHODS.md, "Dictionaries". Explained variance over the evaluate
 
     1 - sum |y - y_hat|^2 / (sum |y|^2 - |sum y|^2 / n),
 
-computed from sums about a fixed shift (the mean of the first batch), because activations have means and single
+computed from sums about a fixed shift (a centre of the first batch), because activations have means and single
 dimensions far larger than their spread and the textbook difference would cancel. Sums over batches are carried as
 pairs of float32 (value and rounding error, Knuth's two-sum), about 48 bits, so that the whole state stays on the device
 and inside ``jit``; the few final divisions happen in float64 on the host.
@@ -45,11 +45,12 @@ class Sum:
         return cls(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
 
     def add(self, value: Array) -> "Sum":
-        """Two-sum: ``total`` and the exact error of the addition, which is carried along."""
+        """Two-sum gives the exact error of the addition; it joins what is carried, and the pair is made disjoint again."""
         total = self.high + value
         part = total - self.high
-        error = (self.high - (total - part)) + (value - part)
-        return Sum(total, self.low + error)
+        low = self.low + ((self.high - (total - part)) + (value - part))
+        high = total + low
+        return Sum(high, low - (high - total))
 
     def float64(self) -> np.ndarray:
         return np.asarray(self.high, np.float64) + np.asarray(self.low, np.float64)
@@ -172,12 +173,11 @@ class StreamingFidelity:
         count = valid.sum(dtype=jnp.int32)
         # padding may hold anything, NaN included, so it is replaced and not multiplied away
         y, y_hat = jnp.where(valid[:, None], y, 0.0), jnp.where(valid[:, None], y_hat, 0.0)
-        first_mean = y.sum(axis=0) / jnp.maximum(count, 1).astype(jnp.float32)
-        shift = jnp.where(self.rows == 0, first_mean, self.shift)
+        norm, norm_hat = jnp.linalg.norm(y, axis=1), jnp.linalg.norm(y_hat, axis=1)
+        shift = jnp.where(self.rows == 0, _centre(y, norm, keep), self.shift)
         centred = (y - shift) * keep[:, None]
         error = jnp.square(y - y_hat).sum(axis=1)
         square = jnp.square(centred).sum(axis=1)
-        norm, norm_hat = jnp.linalg.norm(y, axis=1), jnp.linalg.norm(y_hat, axis=1)
         rate_group = self._rate_group(n, rate)
         inner = valid if position is None else valid & (position != 0)
         inside = inner.astype(jnp.float32)
@@ -274,6 +274,13 @@ def _update(state: StreamingFidelity, spec, params, x, target, rate, position, v
     codes = spec.encode(params, x)
     output = spec.decode(params, codes, x=x)
     return state.add(x if target is None else target, output, codes, rate, position, valid)
+
+
+def _centre(y: Array, norm: Array, keep: Array) -> Array:
+    """A mean in which rows of outlying norm weigh little: near it, the usual rows' sums lose no digits to a few huge ones."""
+    scale = (norm * keep).sum() / jnp.maximum(keep.sum(), 1.0)
+    weight = keep / jnp.maximum(norm + scale, 1e-30)
+    return weight @ y / jnp.maximum(weight.sum(), 1e-30)
 
 
 def _bins(log10: tuple[float, float], per_decade: int) -> int:

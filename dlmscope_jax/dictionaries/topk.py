@@ -181,7 +181,7 @@ class TopK:
         x: Float[Array, "B D"],
         target: Float[Array, "B D_out"] | None = None,
         dead: Bool[Array, " N"] | None = None,
-        aux_alpha: float = 1 / 32,
+        aux_alpha: float | Float[Array, ""] = 1 / 32,
     ) -> tuple[Float[Array, ""], LossParts]:
         """Mean squared error, summed over the width, plus AuxK; differentiate the first result, report the second.
 
@@ -192,7 +192,7 @@ class TopK:
           x: rows in training units (divided by the input scale).
           target: what to reconstruct; an autoencoder's default is ``x``, a transcoder must be given it.
           dead: which latents count as dead; None: none.
-          aux_alpha: weight of AuxK when at least k_aux latents are dead; 0 leaves it out of the program.
+          aux_alpha: weight of AuxK when at least k_aux latents are dead; a plain 0 leaves it out of the program.
 
         Raises:
           UserError: shapes that do not fit, a transcoder without target.
@@ -211,7 +211,7 @@ class TopK:
         aux, weight, n_dead = jnp.float32(0), jnp.float32(0), jnp.int32(0)
         if dead is not None:
             n_dead = dead.sum(dtype=jnp.int32)
-            if aux_alpha:
+            if isinstance(aux_alpha, jax.Array) or aux_alpha != 0:
                 aux = auxk.auxiliary_error(params, x, jax.lax.stop_gradient(residual), dead, self.aux_count, self.d_out is None)
                 weight = aux_alpha * jnp.minimum(1.0, n_dead.astype(jnp.float32) / self.aux_count)
         active = (codes.values > 0).astype(jnp.int32)

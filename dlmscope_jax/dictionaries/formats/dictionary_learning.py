@@ -61,18 +61,17 @@ def load(folder: Path, config: dict) -> tuple[TopK, dict, DictionaryMeta]:
         # compiled modules and wrappers prefix every name
         names = {name.removeprefix("_orig_mod."): name for name in state}
         found = {_TENSORS.get(name, name): state[given] for name, given in names.items() if name not in _SCALARS}
-        if bad := [name for name, value in found.items() if not isinstance(value, LazyTensor)]:
-            raise UserError(f"{where}: {', '.join(bad)} should be tensors")
+        shapes = {name: file.shape(value, name) for name, value in found.items()}
         scalars = {name: _number(file, state[names[name]], name) for name in _SCALARS if name in names}
         factor = _number(file, outer.get("norm_factor"), "norm_factor") if mid_run else 1.0
-        width, d = _sizes(found.get("W_enc"), where)
+        if len(shapes.get("W_enc", ())) != 2:
+            raise UserError(f"{where}: encoder.weight is missing or is not a matrix")
+        width, d = shapes["W_enc"]
         spec = TopK(d_in=d, width=width, k=_k(trainer, scalars, mid_run, folder))
         for key, size in (("activation_dim", d), ("dict_size", width)):
             if trainer.get(key) not in (None, size):
                 raise UserError(f"{folder / CONFIG}: {key} is {trainer[key]!r}, but {WEIGHTS} has {size}")
-        decoder = found.get("W_dec")
-        shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-        if decoder is not None:
+        if "W_dec" in shapes:
             shapes["W_dec"] = shapes["W_dec"][::-1]
         check_shapes(str(where), spec, shapes)
         params = {}
@@ -128,13 +127,6 @@ def save(folder: Path, spec: Any, params: dict, meta: DictionaryMeta) -> None:
     write_whole(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))
 
 
-def _sizes(encoder: LazyTensor | None, where: Path) -> tuple[int, int]:
-    shape = getattr(encoder, "shape", None)
-    if not (isinstance(shape, tuple) and len(shape) == 2 and all(type(n) is int for n in shape)):
-        raise UserError(f"{where}: encoder.weight is missing or is not a matrix")
-    return shape
-
-
 def _number(file: TorchFile, value: Any, name: str) -> float | None:
     """A scalar that was saved as a number or as a tensor of one entry."""
     if isinstance(value, LazyTensor):
@@ -177,7 +169,8 @@ def _meta(folder: Path, config: dict, scalars: dict, factor: float | None, step:
     if policy in (None, "clean"):
         corruption = policy
     else:
-        corruption = f"batch_rate U[{buffer.get('dlm_t_min')}, {buffer.get('dlm_t_max')}], one rate a batch of {buffer.get('refresh_batch_size')}"
+        low, high, rows = (buffer.get(key) for key in ("dlm_t_min", "dlm_t_max", "refresh_batch_size"))
+        corruption = f"batch_rate U[{low}, {high}], one rate a batch of {rows}"
     extra = {"format": "dictionary_learning", "trainer": trainer, "buffer": buffer}
     if scalars.get("threshold") is not None:
         # in the units of the activations, so folding scales it too; -1 means "never set"

@@ -159,6 +159,19 @@ class TorchFile:
         if hasattr(self, "_zip"):
             self._zip.close()
 
+    def shape(self, tensor: Any, name: str = "tensor") -> tuple[int, ...]:
+        """The shape that one tensor of ``contents`` claims; ``read`` checks it against the bytes.
+
+        Raises:
+          UserError: it is no tensor, or claims what no tensor can have.
+        """
+        if not isinstance(tensor, LazyTensor) or not isinstance(tensor.storage, _Storage):
+            raise UserError(f"{self.path}: {name}: is not a tensor")
+        shape, stride, numbers = tensor.shape, tensor.stride, (tensor.offset, tensor.storage.size)
+        if not (_naturals(shape) and _naturals(stride) and _naturals(numbers) and len(shape) == len(stride) <= 8):
+            raise UserError(f"{self.path}: {name}: impossible shape, strides or offset")
+        return tuple(shape)
+
     def read(self, tensor: Any, name: str = "tensor") -> np.ndarray:
         """The values of one tensor of ``contents``, a new array in the file's dtype.
 
@@ -169,15 +182,12 @@ class TorchFile:
         def wrong(what: str) -> UserError:
             return UserError(f"{self.path}: {name}: {what}")
 
-        if not isinstance(tensor, LazyTensor) or not isinstance(tensor.storage, _Storage):
-            raise wrong("is not a tensor")
+        shape = self.shape(tensor, name)
         kind, key, size = tensor.storage.kind, tensor.storage.key, tensor.storage.size
         if not isinstance(kind, str) or kind not in _STORAGES:
             raise wrong("its storage is of a kind that is not read")
         dtype = _STORAGES[kind]
-        shape, stride, offset = tensor.shape, tensor.stride, tensor.offset
-        if not (_naturals(shape) and _naturals(stride) and _naturals((offset, size)) and len(shape) == len(stride) <= 8):
-            raise wrong("impossible shape, strides or offset")
+        stride, offset = tensor.stride, tensor.offset
         try:
             info = self._zip.getinfo(f"{self._prefix}data/{key:.100}")
         except KeyError:

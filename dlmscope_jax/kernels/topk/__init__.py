@@ -74,7 +74,7 @@ def topk(x: Float[Array, "*batch N"], k: int, implementation: str | None = None)
     if name not in IMPLEMENTATIONS:
         raise UserError(f"topk: implementation {name!r} is not known: one of {', '.join(IMPLEMENTATIONS)}")
     if name == "grouped" and not grouped.supports(width, k):
-        raise UserError(f"topk: 'grouped' needs at least {2 * k} entries a row for k = {k}, got {width}: use 'reference'")
+        raise UserError(f"topk: 'grouped' needs at least {4 * k} entries a row for k = {k}, got {width}: use 'reference'")
     rows = x.reshape(-1, width)
     # XLA's CPU custom call knows float32 only; half precision there is a full sort, 25 to 100 times slower
     widened = rows.astype(jnp.float32) if platform == "cpu" and rows.dtype.itemsize == 2 else rows

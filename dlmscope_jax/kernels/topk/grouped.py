@@ -24,9 +24,9 @@ def group_size(width: int, k: int) -> int:
 
 
 def supports(width: int, k: int) -> bool:
-    """Whether two levels leave fewer candidates than entries: groups of at least 2, and at least k of them."""
+    """Whether two levels leave at most half of the entries as candidates, which holds from N = 4 k on."""
     size = group_size(width, k)
-    return size >= 2 and -(-width // size) >= k
+    return size >= 2 and 2 * k * size <= width
 
 
 def _key(x: Array) -> Array:

@@ -1,0 +1,341 @@
+"""Folders of dictionaries: round trips, the released layout against an independent torch forward, damage, contradictions."""
+
+import json
+import os
+import sys
+from collections import OrderedDict
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dlmscope_jax.dictionaries import DictionaryMeta, TopK, load_dictionary, save_dictionary
+from dlmscope_jax.dictionaries.files import write_whole
+from dlmscope_jax.dictionaries.formats import torch_pickle
+from dlmscope_jax.dictionaries.meta import meta_from_mapping, meta_to_mapping
+from dlmscope_jax.errors import UserError
+
+D, N, K = 6, 20, 3
+SPEC = TopK(D, N, K)
+META = DictionaryMeta(
+    model="pocket-dlm",
+    site="resid_post@3",
+    layer=3,
+    model_identity="abc",
+    weight_processing="none",
+    corruption="rate U[0.05, 1.0]",
+    tokenizer="0" * 64,
+    select="masked",
+    input_scale=12.5,
+    seed=1,
+    steps=400,
+    extra={"note": [1, {"a": None}]},
+)
+TRAINER = {"trainer_class": "TopKTrainer", "dict_class": "AutoEncoderTopK", "activation_dim": D, "dict_size": N, "k": K, "steps": 73242}
+TRAINER |= {"layer": 10, "lm_name": "Dream-org/Dream-v0-Base-7B", "submodule_name": "resid_post_layer_10", "seed": 3407, "device": "cuda:0"}
+BUFFER = {"d_submodule": D, "refresh_batch_size": 8, "dlm_mask_policy": "mask", "dlm_t_min": 0.05, "dlm_t_max": 0.5}
+
+
+def random_params(spec, seed=0):
+    rng = np.random.default_rng(seed)
+    return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in spec.shapes().items()}
+
+
+PARAMS = random_params(SPEC)
+X = np.random.default_rng(5).normal(size=(9, D)).astype(np.float32)
+
+
+def same(got, want):
+    assert got.keys() == want.keys()
+    for name in want:
+        assert got[name].dtype == jnp.float32
+        np.testing.assert_array_equal(got[name], want[name])
+
+
+def state_dict(**more):
+    arrays = {name: np.asarray(value) for name, value in PARAMS.items()}
+    state = OrderedDict([("b_dec", arrays["b_dec"]), ("k", np.array(K, np.int32)), ("threshold", np.array(0.25, np.float32))])
+    state |= {"decoder.weight": np.ascontiguousarray(arrays["W_dec"].T), "encoder.weight": arrays["W_enc"], "encoder.bias": arrays["b_enc"]}
+    return state | more
+
+
+def released(folder, contents=None, trainer=TRAINER, buffer=BUFFER):
+    """The layout of the released DLM-Scope SAEs: resid_post_layer_L/trainer_i/{ae.pt, config.json}."""
+    at = folder / "resid_post_layer_10" / "trainer_1"
+    at.mkdir(parents=True, exist_ok=True)
+    torch_pickle.save(at / "ae.pt", state_dict() if contents is None else contents)
+    (at / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": buffer}))
+    return at
+
+
+def forward(arrays, x, k):
+    """dictionary_learning's AutoEncoderTopK, written from its training semantics in NumPy float64."""
+    pre = np.maximum((x - arrays["b_dec"]) @ arrays["encoder.weight"].astype(np.float64).T + arrays["encoder.bias"], 0)
+    code = np.zeros_like(pre)
+    for row, values in zip(code, pre, strict=True):
+        kept = np.argsort(-values, kind="stable")[:k]
+        row[kept] = values[kept]
+    return code, code @ arrays["decoder.weight"].T + arrays["b_dec"]
+
+
+@pytest.mark.parametrize("spec", [SPEC, TopK(D, N, K, k_aux=5), TopK(D, N, K, d_out=4, skip=True)], ids=["plain", "k_aux", "skip"])
+def test_native_round_trip(tmp_path, spec):
+    params = random_params(spec)
+    save_dictionary(tmp_path / "a" / "b", spec, params, META)
+    got_spec, got_params, got_meta = load_dictionary(tmp_path / "a", "b")
+    assert got_spec == spec and got_meta == META
+    same(got_params, params)
+    assert sorted(os.listdir(tmp_path / "a" / "b")) == ["config.json", "weights.safetensors"]
+
+
+def test_native_replaces_an_older_one_and_leaves_other_files(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    save_dictionary(tmp_path, SPEC, PARAMS, META)
+    newer = random_params(SPEC, 9)
+    save_dictionary(tmp_path, SPEC, newer, META)
+    same(load_dictionary(tmp_path)[1], newer)
+    assert (tmp_path / "metrics.jsonl").exists()
+
+
+def test_native_notices_damage(tmp_path):
+    save_dictionary(tmp_path, SPEC, PARAMS, META)
+    weights = tmp_path / "weights.safetensors"
+    whole = weights.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-5] ^= 1
+    for damaged in (bytes(flipped), whole[:-8], b""):
+        weights.write_bytes(damaged)
+        with pytest.raises(UserError, match="SHA-256"):
+            load_dictionary(tmp_path)
+    weights.unlink()
+    with pytest.raises(UserError, match="missing beside config.json"):
+        load_dictionary(tmp_path)
+
+
+def edited(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda c: c.update(extra=1), "unknown key 'extra'"),
+        (lambda c: c.pop("meta"), "missing key 'meta'"),
+        (lambda c: c.update(version=2), "version 2"),
+        (lambda c: c.update(kind="jumprelu"), "kind 'jumprelu'"),
+        (lambda c: c["dictionary"].update(wdith=3), "wdith: no such field; did you mean 'width'"),
+        (lambda c: c["dictionary"].update(k=99), "k = 99 is more than the 20 latents"),
+        (lambda c: c["dictionary"].update(width=21), r"W_enc is \[20, 6\], should be \[21, 6\]; W_dec is"),
+        (lambda c: c["dictionary"].update(d_out=6, skip=True), "W_skip is missing"),
+        (lambda c: c["meta"].update(layer="3"), "layer: '3' is a text, should be a whole number"),
+        (lambda c: c["meta"].update(select="most"), "select: 'most', should be one of"),
+        (lambda c: c["meta"].update(sit="x"), "sit: no such field"),
+        (lambda c: c["meta"].pop("model"), "model: missing"),
+    ],
+)
+def test_native_is_strict(tmp_path, change, says):
+    save_dictionary(tmp_path, SPEC, PARAMS, META)
+    edited(tmp_path, change)
+    with pytest.raises(UserError, match=says):
+        load_dictionary(tmp_path)
+
+
+def test_native_refuses_parameters_that_do_not_fit(tmp_path):
+    with pytest.raises(UserError, match=r"b_enc is missing; more is unexpected; b_dec is \[3\], should be \[6\]"):
+        bad = {**{n: v for n, v in PARAMS.items() if n != "b_enc"}, "b_dec": jnp.zeros(3), "more": jnp.zeros(1)}
+        save_dictionary(tmp_path / "new", SPEC, bad, META)
+    assert not (tmp_path / "new").exists()
+
+
+def test_released_layout_equals_the_training_forward(tmp_path):
+    released(tmp_path)
+    spec, params, meta = load_dictionary(tmp_path, "resid_post_layer_10/trainer_1")
+    assert spec == SPEC
+    same(params, PARAMS)
+    code, y = forward(state_dict(), X, K)
+    codes = spec.encode(params, jnp.asarray(X))
+    np.testing.assert_allclose(spec.dense(codes), code, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(spec.decode(params, codes), y, rtol=1e-4, atol=1e-5)
+    assert (meta.model, meta.site, meta.layer, meta.select) == ("Dream-org/Dream-v0-Base-7B", "resid_post@10", 10, "masked")
+    assert meta.corruption == "batch_rate U[0.05, 0.5], one rate a batch of 8"
+    assert meta.input_scale is None and meta.scale_folded and meta.seed == 3407 and meta.steps == 73242
+    assert meta.extra["threshold"] == 0.25
+
+
+def test_a_file_saved_during_training_is_folded(tmp_path):
+    """Its biases are not yet multiplied by the scale; on raw rows it must do what it does in training on rows / scale."""
+    scale = 7.5
+    contents = {"step": 1000, "ae": state_dict(), "optimizer": {"state": {0: {"exp_avg": np.zeros(4, np.float32)}}}, "config": {"k": K}}
+    released(tmp_path, {**contents, "norm_factor": scale})
+    spec, params, meta = load_dictionary(tmp_path / "resid_post_layer_10" / "trainer_1")
+    code, y = forward(state_dict(), X, K)
+    codes = spec.encode(params, jnp.asarray(X * scale))
+    np.testing.assert_allclose(spec.dense(codes), code * scale, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(spec.decode(params, codes), y * scale, rtol=1e-4, atol=1e-4)
+    assert meta.input_scale == scale and meta.scale_folded and meta.steps == 1000 and meta.extra["threshold"] == 0.25 * scale
+
+    released(tmp_path, {**contents, "norm_factor": np.array(scale, np.float32)})  # a tensor says the same
+    same(load_dictionary(tmp_path / "resid_post_layer_10" / "trainer_1")[1], params)
+    for bad in ({}, {"norm_factor": 0.0}, {"norm_factor": None}, {"norm_factor": float("nan")}):
+        released(tmp_path, contents | bad)
+        with pytest.raises(UserError, match="norm_factor"):
+            load_dictionary(tmp_path / "resid_post_layer_10" / "trainer_1")
+
+
+def test_dictionary_learning_round_trip(tmp_path):
+    save_dictionary(tmp_path / "trainer_0", SPEC, PARAMS, META, format="dictionary_learning")
+    spec, params, meta = load_dictionary(tmp_path / "trainer_0")
+    assert spec == SPEC and (meta.site, meta.layer, meta.model, meta.steps) == ("resid_post@3", 3, "pocket-dlm", 400)
+    same(params, PARAMS)
+    # once more through the format: what it can say does not change
+    save_dictionary(tmp_path / "trainer_1", spec, params, meta, format="dictionary_learning")
+    assert (tmp_path / "trainer_0" / "ae.pt").read_bytes() == (tmp_path / "trainer_1" / "ae.pt").read_bytes()
+
+
+def test_torch_opens_what_is_written_and_agrees(tmp_path):
+    torch = pytest.importorskip("torch")
+    save_dictionary(tmp_path, SPEC, PARAMS, META, format="dictionary_learning")
+    state = torch.load(tmp_path / "ae.pt", weights_only=True)
+    assert state["k"].dtype == torch.int32 and int(state["k"]) == K and float(state["threshold"]) == -1.0
+    encoder, decoder = torch.nn.Linear(D, N), torch.nn.Linear(N, D, bias=False)
+    encoder.load_state_dict({"weight": state["encoder.weight"], "bias": state["encoder.bias"]})
+    decoder.load_state_dict({"weight": state["decoder.weight"]})
+    x = torch.tensor(X)
+    post = torch.relu(encoder(x - state["b_dec"]))
+    kept = post.topk(K, dim=-1, sorted=False)
+    y = decoder(torch.zeros_like(post).scatter(-1, kept.indices, kept.values)) + state["b_dec"]
+    np.testing.assert_allclose(SPEC.reconstruct(PARAMS, jnp.asarray(X)), y.detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_real_file_of_torch(tmp_path):
+    torch = pytest.importorskip("torch")
+    at = released(tmp_path)
+    state = OrderedDict((name, torch.tensor(np.asarray(value))) for name, value in state_dict().items())
+    state["decoder.weight"] = torch.tensor(np.asarray(PARAMS["W_dec"])).T  # a view, as torch often saves them
+    state["encoder.bias"] = state["encoder.bias"].bfloat16()
+    torch.save(state, at / "ae.pt")
+    _, params, _ = load_dictionary(at)
+    same(params, {**PARAMS, "b_enc": PARAMS["b_enc"].astype(jnp.bfloat16).astype(jnp.float32)})
+
+
+def without(mapping, key):
+    return {k: v for k, v in mapping.items() if k != key}
+
+
+@pytest.mark.parametrize(
+    ("contents", "trainer", "says"),
+    [
+        (None, {**TRAINER, "k": 5}, "k is 5 in config.json and 3 in ae.pt"),
+        (without(state_dict(), "k"), without(TRAINER, "k"), "says what k is"),
+        (None, {**TRAINER, "dict_size": 21}, "dict_size is 21, but ae.pt has 20"),
+        (None, {**TRAINER, "activation_dim": 7}, "activation_dim is 7, but ae.pt has 6"),
+        (None, {**TRAINER, "dict_class": "GatedAutoEncoder"}, "'GatedAutoEncoder' is not read"),
+        (None, without(TRAINER, "dict_class"), "dict_class None"),
+        (without(state_dict(), "b_dec"), TRAINER, "b_dec is missing"),
+        (without(state_dict(), "encoder.weight"), TRAINER, "encoder.weight is missing"),
+        (state_dict(more=np.zeros(2, np.float32)), TRAINER, "more is unexpected"),
+        (state_dict(b_dec=np.zeros(5, np.float32)), TRAINER, r"b_dec is \[5\], should be \[6\]"),
+        (state_dict(b_dec=np.zeros(6, np.int64)), TRAINER, "b_dec holds int64"),
+        (state_dict(b_dec="x"), TRAINER, "b_dec: is not a tensor"),
+        ([1, 2], TRAINER, "holds no state dict"),
+    ],
+)
+def test_released_layout_is_strict(tmp_path, contents, trainer, says):
+    at = tmp_path / "resid_post_layer_10" / "trainer_1"
+    released(tmp_path, contents, trainer)
+    with pytest.raises(UserError, match=says):
+        load_dictionary(at)
+
+
+def test_layer_from_the_folder_or_not_at_all(tmp_path):
+    bare = without(without(TRAINER, "layer"), "submodule_name")
+    at = released(tmp_path, trainer=bare)
+    assert load_dictionary(at)[2].site == "resid_post@10"
+    moved = at.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="neither layer nor submodule_name"):
+        load_dictionary(moved)
+    (moved / "config.json").write_text(json.dumps({"trainer": {**bare, "layer": 4}}))
+    meta = load_dictionary(moved)[2]
+    assert meta.site == "resid_post@4" and meta.select is None and meta.corruption is None
+
+
+def test_a_malicious_file_runs_nothing(tmp_path):
+    import pickle
+    import zipfile
+
+    class Runs:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    at = released(tmp_path)
+    with zipfile.ZipFile(at / "ae.pt", "w") as file:
+        file.writestr("archive/data.pkl", pickle.dumps({"encoder.weight": Runs()}, protocol=2))
+    with pytest.raises(UserError, match="asks for posix.system"):
+        load_dictionary(at)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_the_released_format_cannot_say(tmp_path):
+    coder = TopK(D, N, K, d_out=4)
+    with pytest.raises(UserError, match="autoencoders only"):
+        save_dictionary(tmp_path, coder, random_params(coder), META, format="dictionary_learning")
+    unfolded = DictionaryMeta(model="m", site="resid_post@0", layer=0, input_scale=2.0, scale_folded=False)
+    with pytest.raises(UserError, match="fold it first"):
+        save_dictionary(tmp_path, SPEC, PARAMS, unfolded, format="dictionary_learning")
+    with pytest.raises(UserError, match="format 'sae' is not known"):
+        save_dictionary(tmp_path, SPEC, PARAMS, META, format="sae")
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_there_is_no_dictionary(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        load_dictionary(tmp_path / "none" / "of" / "it")
+    with pytest.raises(UserError, match="holds no dictionary"):
+        load_dictionary(tmp_path)
+    released(tmp_path)
+    with pytest.raises(UserError, match="give one of its subfolders: resid_post_layer_10/trainer_1"):
+        load_dictionary(tmp_path)
+    with pytest.raises(UserError, match="no such folder; give one of its subfolders"):
+        load_dictionary(tmp_path, "resid_post_layer_11/trainer_1")
+    (tmp_path / "config.json").write_text('{"architecture": "topk"}')
+    with pytest.raises(UserError, match="not a dictionary format that is read"):
+        load_dictionary(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="not JSON"):
+        load_dictionary(tmp_path)
+
+
+def test_a_hub_id_without_network_is_one_line():
+    with pytest.raises(UserError, match="somebody/some-dictionaries: no such folder, and the hub did not give it"):
+        load_dictionary("somebody/some-dictionaries", "resid_post_layer_1/trainer_0")
+
+
+def test_a_local_folder_never_touches_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    released(tmp_path)
+    load_dictionary(tmp_path, "resid_post_layer_10/trainer_1")
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+
+    def full(temporary):
+        temporary.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="cannot be written: No space left"):
+        write_whole(path, full)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_meta():
+    assert meta_from_mapping(meta_to_mapping(META)) == META
+    with pytest.raises(UserError, match="extra must hold JSON"):
+        DictionaryMeta(model="m", site="resid_post@0", layer=0, extra={"a": object()})
+    with pytest.raises(UserError, match="input_scale is missing"):
+        DictionaryMeta(model="m", site="resid_post@0", layer=0, scale_folded=False)
+    with pytest.raises(UserError, match="should be a mapping"):
+        meta_from_mapping({"model": "m", "site": "resid_post@0", "layer": 0, "extra": 3})

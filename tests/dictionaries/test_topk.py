@@ -1,0 +1,297 @@
+"""TopK dictionaries against closed forms written with plain autodiff on dense arrays."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dlmscope_jax.dictionaries import Dense, RowSparse, TopK, geometric_median
+from dlmscope_jax.errors import UserError
+
+D, N, K, B = 6, 20, 3, 11
+SPEC = TopK(D, N, K, k_aux=4)
+CODER = TopK(D, N, K, d_out=4, skip=True)
+
+
+def draw(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def random_params(spec, seed=0):
+    return {name: draw(seed + i, *shape) for i, (name, shape) in enumerate(sorted(spec.shapes().items()))}
+
+
+PARAMS, X = random_params(SPEC), draw(9, B, D)
+
+
+def close(got, want, rtol=3e-5):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=3e-6), got, want)
+
+
+def dense_forward(params, x, k=K, subtract=True, skip=False):
+    """The definition, with every latent written out."""
+    pre = (x - params["b_dec"] if subtract else x) @ params["W_enc"].T + params["b_enc"]
+    kept = jax.lax.top_k(pre, k)[1]
+    mask = jax.nn.one_hot(kept, pre.shape[1]).sum(axis=1)
+    code = jnp.maximum(pre, 0.0) * mask
+    return pre, code, code @ params["W_dec"] + params["b_dec"] + (x @ params["W_skip"].T if skip else 0.0)
+
+
+def dense_loss(params, x, dead, alpha, k_aux):
+    """The whole loss with AuxK as METHODS.md defines it."""
+    pre, _, y = dense_forward(params, x)
+    error = x - y
+    reconstruction = (error**2).sum(axis=1).mean()
+    residual = jax.lax.stop_gradient(error)
+    n_dead = int(dead.sum())
+    if n_dead == 0:
+        return reconstruction
+    chosen = jax.lax.top_k(jnp.where(dead, pre, -jnp.inf), min(k_aux, n_dead))[1]
+    code = pre * jax.nn.one_hot(chosen, pre.shape[1]).sum(axis=1)
+    aux = ((residual - code @ params["W_dec"]) ** 2).sum() / ((residual - residual.mean(axis=0)) ** 2).sum()
+    return reconstruction + alpha * min(1.0, n_dead / k_aux) * aux
+
+
+def test_encode_decode_equal_the_definition():
+    codes = SPEC.encode(PARAMS, X)
+    _, code, y = dense_forward(PARAMS, X)
+    assert codes.values.shape == codes.indices.shape == (B, K)
+    close(SPEC.dense(codes), code)
+    close(SPEC.decode(PARAMS, codes), y)
+    close(SPEC.decode(PARAMS, Dense(code)), y)
+    close(SPEC.reconstruct(PARAMS, X), y)
+    close(SPEC.direction(PARAMS, 5), PARAMS["W_dec"][5])
+    for i in (0, 7):
+        close(codes.latent(i), code[:, i])
+        close(Dense(code).latent(i), code[:, i])
+    close(jax.jit(RowSparse.latent)(codes, jnp.int32(7)), code[:, 7])
+
+
+def test_leading_axes_and_low_precision_input():
+    x = X[:10].reshape(2, 5, D)
+    codes = SPEC.encode(PARAMS, x)
+    assert codes.values.shape == (2, 5, K)
+    close(SPEC.decode(PARAMS, codes).reshape(10, D), SPEC.reconstruct(PARAMS, X[:10]))
+    half = SPEC.reconstruct(PARAMS, x.astype(jnp.bfloat16))
+    assert half.dtype == jnp.float32
+    close(half, SPEC.reconstruct(PARAMS, x.astype(jnp.bfloat16).astype(jnp.float32)))
+
+
+def test_ties_go_to_the_lowest_latent():
+    params = {**PARAMS, "W_enc": jnp.tile(PARAMS["W_enc"][:1], (N, 1)), "b_enc": jnp.zeros(N)}
+    np.testing.assert_array_equal(SPEC.encode(params, X).indices, np.tile(np.arange(K), (B, 1)))
+
+
+def test_negative_preactivations_are_cut_after_the_selection():
+    params = {**PARAMS, "b_enc": PARAMS["b_enc"] - 100.0}
+    codes = SPEC.encode(params, X)
+    assert float(jnp.abs(codes.values).max()) == 0.0
+    close(SPEC.decode(params, codes), jnp.tile(params["b_dec"], (B, 1)))
+
+
+@pytest.mark.parametrize("n_dead", [0, 2, 4, 9], ids=["none", "fewer than k_aux", "k_aux", "more than k_aux"])
+def test_loss_and_gradient_equal_the_definition(n_dead):
+    dead = jnp.zeros(N, bool).at[jnp.arange(n_dead) * 2].set(True)
+    alpha = 0.7
+    (loss, parts), gradient = jax.jit(lambda p: jax.value_and_grad(SPEC.loss, has_aux=True)(p, X, dead=dead, aux_alpha=alpha))(PARAMS)
+    want, want_gradient = jax.value_and_grad(dense_loss)(PARAMS, X, dead, alpha, 4)
+    close(loss, want)
+    close(gradient, want_gradient, rtol=2e-4)
+    # what is reported is what was differentiated
+    close(parts.reconstruction + parts.aux_weight * parts.aux, loss)
+    assert int(parts.n_dead) == n_dead
+    close(parts.aux_weight, alpha * min(1.0, n_dead / 4))
+
+
+def test_loss_parts():
+    loss, parts = SPEC.loss(PARAMS, X)
+    _, code, y = dense_forward(PARAMS, X)
+    close(loss, parts.reconstruction)
+    close(parts.l0, (code > 0).sum(axis=1).mean())
+    np.testing.assert_array_equal(parts.fired, (np.asarray(code) > 0).sum(axis=0))
+    close(parts.explained_variance, 1 - ((X - y) ** 2).sum() / ((X - X.mean(axis=0)) ** 2).sum())
+
+
+def test_gradient_agrees_with_finite_differences():
+    dead = jnp.zeros(N, bool).at[jnp.array([1, 5])].set(True)
+    params = {name: np.asarray(value, np.float64) for name, value in PARAMS.items()}
+    direction = {name: np.asarray(draw(40, *value.shape), np.float64) for name, value in params.items()}
+    gradient = jax.grad(lambda p: SPEC.loss(p, X)[0])(PARAMS)
+    slope = sum(float((np.asarray(gradient[n], np.float64) * direction[n]).sum()) for n in params)
+
+    def at(step):  # numpy float64, the selection held where it is
+        p = {n: params[n] + step * direction[n] for n in params}
+        x = np.asarray(X, np.float64)
+        pre = (x - p["b_dec"]) @ p["W_enc"].T + p["b_enc"]
+        code = np.maximum(pre, 0) * np.asarray(SPEC.dense(RowSparse(jnp.ones((B, K)), SPEC.encode(PARAMS, X).indices)))
+        return ((x - code @ p["W_dec"] - p["b_dec"]) ** 2).sum() / B
+
+    np.testing.assert_allclose(slope, (at(1e-5) - at(-1e-5)) / 2e-5, rtol=1e-4)
+    assert int(SPEC.loss(PARAMS, X, dead=dead)[1].n_dead) == 2
+
+
+def test_auxk_reaches_encoders_that_are_negative_on_the_whole_batch():
+    """The fault of the published implementations: such a latent contributes 0 after ReLU and is never revived."""
+    dead = jnp.zeros(N, bool).at[jnp.array([3, 8])].set(True)
+    params = {**PARAMS, "b_enc": PARAMS["b_enc"].at[jnp.array([3, 8])].set(-50.0)}
+    pre = (X - params["b_dec"]) @ params["W_enc"].T + params["b_enc"]
+    assert float(pre[:, [3, 8]].max()) < 0
+    gradient = jax.grad(lambda p: SPEC.loss(p, X, dead=dead, aux_alpha=1 / 32)[0])(params)
+    for name in ("W_enc", "b_enc", "W_dec"):
+        assert float(jnp.abs(gradient[name][3]).max()) > 1e-4, name
+        assert float(jnp.abs(gradient[name][8]).max()) > 1e-4, name
+    off = jax.grad(lambda p: SPEC.loss(p, X, dead=dead, aux_alpha=0.0)[0])(params)
+    assert float(jnp.abs(off["W_enc"][jnp.array([3, 8])]).max()) == 0.0
+
+
+def test_the_target_of_auxk_is_held_constant():
+    """Were the residual not detached, AuxK would also move the live latents."""
+    dead = jnp.zeros(N, bool).at[2].set(True)
+    params = {**PARAMS, "b_enc": PARAMS["b_enc"].at[2].set(-50.0)}
+    with_aux = jax.grad(lambda p: SPEC.loss(p, X, dead=dead, aux_alpha=1.0)[0])(params)
+    without = jax.grad(lambda p: SPEC.loss(p, X, aux_alpha=0.0)[0])(params)
+    live = jnp.arange(N) != 2
+    for name in ("W_enc", "W_dec", "b_enc"):
+        np.testing.assert_array_equal(with_aux[name][live], without[name][live])
+
+
+def test_auxk_of_a_perfect_reconstruction_is_zero_not_nan():
+    spec = TopK(D, D, D, k_aux=2)
+    params = {"W_enc": jnp.eye(D), "W_dec": jnp.eye(D), "b_enc": jnp.zeros(D), "b_dec": jnp.zeros(D)}
+    (loss, parts), gradient = jax.value_and_grad(spec.loss, has_aux=True)(params, jnp.abs(X), dead=jnp.ones(D, bool))
+    assert float(loss) == 0.0 and float(parts.aux) == 0.0
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.standard_promotion
+def test_auxk_revives_killed_latents():
+    """Half of the latents, killed by their bias, fire again within 1,000 steps of 128 rows with AuxK; without it, they stay dead."""
+    d, n, half = 16, 32, 16
+    spec, tx = TopK(d, n, 2), optax.adam(3e-3)
+    truth = jax.random.normal(jax.random.key(5), (n, d)) / 4.0
+
+    def step(carry, key, alpha):
+        params, moments, since = carry
+        one, two = jax.random.split(key)
+        x = jax.random.bernoulli(one, 0.08, (128, n)).astype(jnp.float32) @ truth + 0.01 * jax.random.normal(two, (128, d))
+        (_, parts), g = jax.value_and_grad(spec.loss, has_aux=True)(params, x, dead=since > 20, aux_alpha=alpha)
+        update, moments = tx.update(spec.project_gradient(params, g), moments, params)
+        params = spec.renormalise(optax.apply_updates(params, update))
+        return (params, moments, jnp.where(parts.fired > 0, 0, since + 1)), parts.fired[:half] > 0
+
+    @jax.jit
+    def revived(alpha):
+        params = spec.init(jax.random.key(0))
+        params = {**params, "b_enc": params["b_enc"].at[:half].set(-2.0)}
+        start = (params, tx.init(params), jnp.zeros(n, jnp.int32))
+        _, fired = jax.lax.scan(lambda c, k: step(c, k, alpha), start, jax.random.split(jax.random.key(1), 1000))
+        return fired[-300:].any(axis=0).mean()
+
+    assert float(revived(jnp.float32(0.0))) < 0.1
+    assert float(revived(jnp.float32(1 / 32))) >= 0.8
+
+
+@pytest.mark.parametrize("spec", [SPEC, CODER], ids=["autoencoder", "skip transcoder"])
+def test_fold_acts_on_raw_rows_and_unfold_undoes_it(spec):
+    params, scale, out_scale = random_params(spec), 7.3, None if spec.d_out is None else 0.4
+    scaled_out = scale if out_scale is None else out_scale
+    folded = spec.fold(params, scale, out_scale)
+    close(spec.reconstruct(folded, X * scale), spec.reconstruct(params, X) * scaled_out, rtol=1e-4)
+    np.testing.assert_array_equal(spec.encode(folded, X * scale).indices, spec.encode(params, X).indices)
+    close(folded["W_dec"], params["W_dec"])  # unit rows stay unit rows
+    close(spec.unfold(folded, scale, out_scale), params)
+    if spec.d_out is None:
+        close(folded["W_enc"], params["W_enc"])
+
+
+def test_skip_transcoder_equals_the_definition():
+    params, target = random_params(CODER), draw(5, B, 4)
+    _, _, want = dense_forward(params, X, subtract=False, skip=True)
+    close(CODER.reconstruct(params, X), want)
+    gradient = jax.grad(lambda p: CODER.loss(p, X, target=target)[0])(params)
+    close(gradient, jax.grad(lambda p: ((dense_forward(p, X, subtract=False, skip=True)[2] - target) ** 2).sum() / B)(params), rtol=2e-4)
+    with pytest.raises(UserError, match="decode\\(params, codes, x=x\\)"):
+        CODER.decode(params, CODER.encode(params, X))
+    with pytest.raises(UserError, match="give target"):
+        CODER.loss(params, X)
+
+
+def test_init():
+    sample = draw(3, 50, D) + 4.0
+    params = SPEC.init(jax.random.key(0), sample)
+    assert {n: v.shape for n, v in params.items()} == SPEC.shapes()
+    close(jnp.linalg.norm(params["W_dec"], axis=1), jnp.ones(N))
+    np.testing.assert_array_equal(params["W_enc"], params["W_dec"])
+    close(params["b_dec"], geometric_median(sample))
+    np.testing.assert_array_equal(SPEC.init(jax.random.key(0))["b_dec"], np.zeros(D))
+    assert not np.array_equal(SPEC.init(jax.random.key(1))["W_dec"], params["W_dec"])
+    coder = CODER.init(jax.random.key(0))
+    assert {n: v.shape for n, v in coder.items()} == CODER.shapes() and float(jnp.abs(coder["W_skip"]).max()) == 0.0
+
+
+def test_geometric_median_minimises_the_summed_distance_and_ignores_an_outlier():
+    points = np.random.default_rng(0).normal(size=(41, 3)) + 2.0
+    points[0] = 1e5
+    median = np.asarray(geometric_median(jnp.asarray(points, jnp.float32)), np.float64)
+
+    def cost(c):
+        return np.linalg.norm(points - c, axis=1).sum()
+
+    assert np.linalg.norm(median - 2.0) < 0.6 < np.linalg.norm(points.mean(axis=0) - 2.0)
+    assert all(cost(median) <= cost(median + 0.05 * np.eye(3)[i] * s) for i in range(3) for s in (1, -1))
+
+
+def test_projection_and_renormalisation():
+    params = SPEC.init(jax.random.key(2))
+    gradient = random_params(SPEC, 60)
+    projected = SPEC.project_gradient(params, gradient)
+    close((projected["W_dec"] * params["W_dec"]).sum(axis=1), jnp.zeros(N))
+    rest = gradient["W_dec"] - projected["W_dec"]
+    close(rest, (gradient["W_dec"] * params["W_dec"]).sum(axis=1, keepdims=True) * params["W_dec"])
+    np.testing.assert_array_equal(projected["W_enc"], gradient["W_enc"])
+    moved = {**params, "W_dec": (params["W_dec"] * 3.0).at[0].set(0.0)}
+    close(jnp.linalg.norm(SPEC.renormalise(moved)["W_dec"], axis=1), jnp.ones(N).at[0].set(0.0))
+
+
+def test_parity_with_torch():
+    torch = pytest.importorskip("torch")
+    params, x = ({n: torch.tensor(np.asarray(v)) for n, v in PARAMS.items()}, torch.tensor(np.asarray(X)))
+    for tensor in params.values():
+        tensor.requires_grad_()
+    post = torch.relu((x - params["b_dec"]) @ params["W_enc"].T + params["b_enc"])
+    kept = post.topk(K, dim=-1)
+    code = torch.zeros_like(post).scatter(-1, kept.indices, kept.values)
+    y = code @ params["W_dec"] + params["b_dec"]
+    loss = (y - x).pow(2).sum(-1).mean()
+    loss.backward()
+    close(SPEC.dense(SPEC.encode(PARAMS, X)), code.detach().numpy())
+    close(SPEC.reconstruct(PARAMS, X), y.detach().numpy())
+    close(jax.grad(lambda p: SPEC.loss(p, X)[0])(PARAMS), {n: v.grad.numpy() for n, v in params.items()}, rtol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"d_in": 4, "width": 8, "k": 9}, "k = 9 is more than the 8 latents"),
+        ({"d_in": 4, "width": 8, "k": 0}, "k = 0 must be a positive integer"),
+        ({"d_in": 4.0, "width": 8, "k": 1}, "d_in = 4.0"),
+        ({"d_in": 4, "width": 8, "k": True}, "k = True"),
+        ({"d_in": 4, "width": 8, "k": 2, "skip": True}, "give d_out"),
+        ({"d_in": 4, "width": 8, "k": 2, "k_aux": 9}, "k_aux = 9"),
+    ],
+)
+def test_mistakes_in_the_description(arguments, says):
+    with pytest.raises(UserError, match=says):
+        TopK(**arguments)
+
+
+def test_mistakes_in_the_rows():
+    with pytest.raises(UserError, match=r"encode: rows must have 6 entries, got an array of shape \[2, 5\]"):
+        SPEC.encode(PARAMS, jnp.zeros((2, 5)))
+    with pytest.raises(UserError, match="the sample must be"):
+        SPEC.init(jax.random.key(0), jnp.zeros((3, 5)))
+
+
+def test_default_k_aux_is_half_the_width_of_the_rows():
+    assert TopK(64, 512, 4).aux_count == 32 and TopK(64, 16, 4).aux_count == 16 and SPEC.aux_count == 4
