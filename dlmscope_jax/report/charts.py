@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from .markup import Html, el, join
-from .tables import number, table
+from .tables import number, table, tick
 
 _MARKS = ("circle", "square", "diamond", "triangle", "cross", "ring")
 _DASHES = (None, "7 3", "2 3", "9 3 2 3", "4 2", "1 2")
@@ -47,7 +47,9 @@ class Axis:
     low: float | None = None
     high: float | None = None
     linear_within: float = 1.0
-    form: Callable[[float], str] = field(default=number)
+    whole: bool = False  # only whole numbers make sense as ticks
+    form: Callable[[float], str] = field(default=number)  # of measured values
+    tick: Callable[[float], str] = field(default=tick)
 
 
 class _Scale:
@@ -59,19 +61,15 @@ class _Scale:
         low = axis.low if axis.low is not None else min(values, default=0.0)
         high = axis.high if axis.high is not None else max(values, default=1.0)
         if axis.scale == "log":
-            low, high = max(low, 1e-12), max(high, 1e-12)
-            exponents = (math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9))
-            exponents = (exponents[0], max(exponents[1], exponents[0] + 1))
-            step = max(1, math.ceil((exponents[1] - exponents[0]) / 6))
-            self.ticks = [10.0**e for e in range(exponents[0], exponents[1] + 1, step)]
-            self.low, self.high = 10.0 ** exponents[0], 10.0 ** exponents[1]
+            self.ticks = _log_ticks(max(low, 1e-12), max(high, 1e-12))
+            self.low, self.high = self.ticks[0], self.ticks[-1]
         elif axis.scale == "signed_log":
             self.low, self.high = min(low, 0.0), max(high, axis.linear_within)
             self.ticks = self._signed_ticks()
         else:
             if high - low < 1e-12:
                 low, high = low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1)
-            step = _round_step((high - low) / 5)
+            step = _round_step((high - low) / 5, axis.whole)
             self.low = low if axis.low is not None else math.floor(low / step + 1e-9) * step
             self.high = high if axis.high is not None else math.ceil(high / step - 1e-9) * step
             first = math.ceil(self.low / step - 1e-9)
@@ -101,9 +99,21 @@ class _Scale:
         return self.start + (min(max(self._warp(value), low), high) - low) / (high - low) * (self.end - self.start)
 
 
-def _round_step(rough: float) -> float:
-    power = 10.0 ** math.floor(math.log10(rough))
-    return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten around the values; within two decades also 2 and 5, so that the values fill the plot."""
+    first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
+    if last - first <= 2:
+        ticks = [m * 10.0**e for e in range(first, last + 1) for m in (1, 2, 5)]
+        below = max((i for i, t in enumerate(ticks) if t <= low * 1.0001), default=0)
+        above = min((i for i, t in enumerate(ticks) if t >= high * 0.9999), default=len(ticks) - 1)
+        return ticks[below : max(above, below + 1) + 1]
+    step = max(1, math.ceil((last - first) / 6))
+    return [10.0**e for e in range(first, last + step, step)]
+
+
+def _round_step(rough: float, whole: bool = False) -> float:
+    power = 10.0 ** math.floor(math.log10(max(rough, 1.0) if whole else rough))
+    return next(m * power for m in ((1, 2, 5, 10) if whole else (1, 2, 2.5, 5, 10)) if m * power >= rough * 0.999)
 
 
 def figure(title: str, drawing: Html, numbers: Html, keys: Html | None = None, note: str | None = None) -> Html:
@@ -156,7 +166,9 @@ def _line(s: Series, across: _Scale, up: _Scale, form: Callable, x: Axis) -> lis
     present = [p for p in s.points if p.y is not None]
     for p in present:
         if p.low is not None and p.high is not None:
-            drawn.append(el("line", x1=f"{across(p.x):.1f}", x2=f"{across(p.x):.1f}", y1=f"{up(p.low):.1f}", y2=f"{up(p.high):.1f}", class_="i"))
+            drawn.append(
+                el("line", x1=f"{across(p.x):.1f}", x2=f"{across(p.x):.1f}", y1=f"{up(p.low):.1f}", y2=f"{up(p.high):.1f}", class_="i")
+            )
     if len(present) <= _DOTS_UP_TO:
         for p in present:
             said = el("title", f"{s.name}, {x.label} {x.form(p.x)}: {_with_interval(p, form)}")
@@ -173,9 +185,9 @@ class Row:
     group: str = ""
 
 
-def dot_plot(title: str, rows: Sequence[Row], series: Sequence[Series], x: Axis, note: str | None = None, width: int = 520) -> Html:
+def dot_plot(title: str, rows: Sequence[Row], series: Sequence[Series], x: Axis, note: str | None = None, keys: bool = True) -> Html:
     """One line a thing, one mark a series: for values of unlike things beside each other. ``Point.y`` is the value, its x is not used."""
-    left, right, top, bottom, step = 148, 16, 6, 42, 24
+    width, left, right, top, bottom, step = 480, 124, 14, 6, 42, 22
     tops, groups, place = [], [], top
     for i, row in enumerate(rows):
         if row.group and (i == 0 or rows[i - 1].group != row.group):
@@ -186,8 +198,11 @@ def dot_plot(title: str, rows: Sequence[Row], series: Sequence[Series], x: Axis,
     height = place + bottom
     values = [v for row in rows for p in row.points.values() for v in (p.y, p.low, p.high) if v is not None]
     across = _Scale(x, values, left, width - right)
-    drawn = [el("line", x1=f"{across(t):.1f}", x2=f"{across(t):.1f}", y1=top, y2=place, class_="g" if t or x.scale == "log" else "z") for t in across.ticks]
-    drawn += [el("text", x.form(t), x=f"{across(t):.1f}", y=place + 16, text_anchor="middle") for t in _uncrowded(across)]
+    drawn = [
+        el("line", x1=f"{across(t):.1f}", x2=f"{across(t):.1f}", y1=top, y2=place, class_="g" if t or x.scale == "log" else "z")
+        for t in across.ticks
+    ]
+    drawn += [el("text", x.tick(t), x=f"{across(t):.1f}", y=place + 16, text_anchor="middle") for t in _uncrowded(across)]
     drawn.append(el("text", x.label, x=(left + width - right) / 2, y=height - 6, text_anchor="middle", class_="l"))
     drawn += [el("text", group, x=2, y=y, class_="h") for y, group in groups]
     for row, y in zip(rows, tops, strict=True):
@@ -203,27 +218,44 @@ def dot_plot(title: str, rows: Sequence[Row], series: Sequence[Series], x: Axis,
             said = el("title", f"{row.group} {row.name}, {s.name}: {_with_interval(p, x.form)}".strip())
             drawn.append(el("g", bar, said, _mark(s.mark, across(p.y), y, 4.5 if s.strong else 3.8), class_=_class(s)))
     body = [
-        [f"{row.group} {row.name}".strip(), *(_with_interval(row.points[i], x.form) if i in row.points else "–" for i in range(len(series)))]
+        [
+            f"{row.group} {row.name}".strip(),
+            *(_with_interval(row.points[i], x.form) if i in row.points else "–" for i in range(len(series))),
+        ]
         for row in rows
     ]
     numbers = table(["", *(s.name for s in series)], body, caption=f"{title} ({x.label})")
-    return figure(title, _svg(f"{title}: {x.label} of {len(rows)} rows", (width, height), drawn), numbers, legend(series, lines=False), note)
+    return figure(
+        title,
+        _svg(f"{title}: {x.label} of {len(rows)} rows", (width, height), drawn),
+        numbers,
+        legend(series, lines=False) if keys else None,
+        note,
+    )
 
 
-def bar_plot(title: str, bars: Sequence[tuple[str, float | None]], x: str, y: Axis, colour: int = 0, size: tuple[int, int] = (300, 130)) -> Html:
+def bar_plot(
+    title: str, bars: Sequence[tuple[str, float | None]], x: str, y: Axis, colour: int = 0, size: tuple[int, int] = (300, 130)
+) -> Html:
     """Bars from zero; a None is an empty place, not a zero."""
     width, height = size
     left, right, top, bottom = 50, 6, 8, 36
-    up = _Scale(Axis(y.label, low=0.0, form=y.form), [v for _, v in bars if v is not None] or [1.0], height - bottom, top)
+    up = _Scale(Axis(y.label, low=0.0, form=y.form, tick=y.tick), [v for _, v in bars if v is not None] or [1.0], height - bottom, top)
     pitch = (width - left - right) / max(len(bars), 1)
     drawn = []
     for t in up.ticks[:: max(1, len(up.ticks) // 4)]:
         drawn.append(el("line", x1=left, x2=width - right, y1=f"{up(t):.1f}", y2=f"{up(t):.1f}", class_="z" if t == 0 else "g"))
-        drawn.append(el("text", y.form(t), x=left - 5, y=f"{up(t) + 3.5:.1f}", text_anchor="end"))
+        drawn.append(el("text", y.tick(t), x=left - 5, y=f"{up(t) + 3.5:.1f}", text_anchor="end"))
     every = max(1, math.ceil(len(bars) / 6))
     for i, (name, value) in enumerate(bars):
         if value is not None:
-            bar = el("rect", x=f"{left + pitch * (i + 0.12):.1f}", width=f"{pitch * 0.76:.1f}", y=f"{up(value):.1f}", height=f"{up(0) - up(value):.1f}")
+            bar = el(
+                "rect",
+                x=f"{left + pitch * (i + 0.12):.1f}",
+                width=f"{pitch * 0.76:.1f}",
+                y=f"{up(value):.1f}",
+                height=f"{up(0) - up(value):.1f}",
+            )
             drawn.append(el("g", el("title", f"{name}: {y.form(value)}"), bar))
         if i % every == 0:
             drawn.append(el("text", name, x=f"{left + pitch * (i + 0.5):.1f}", y=height - bottom + 14, text_anchor="middle"))
@@ -277,7 +309,9 @@ def heat_plot(
     drawn.append(el("text", y, x=11, y=f"{middle:.1f}", text_anchor="middle", class_="l", transform=f"rotate(-90 11 {middle:.1f})"))
     body = [[name, *(form(v) if v is not None else "–" for v in line)] for name, line in zip(rows, values, strict=True)]
     numbers = table([f"{y} \\ {x}", *columns], body, caption=title)
-    return figure(title, _svg(f"{title}: {len(rows)} by {len(columns)} cells, at most {form(largest)}", (width, height), drawn), numbers, None, note)
+    return figure(
+        title, _svg(f"{title}: {len(rows)} by {len(columns)} cells, at most {form(largest)}", (width, height), drawn), numbers, None, note
+    )
 
 
 def _svg(described: str, size: tuple[int, int], drawn: Sequence[Html]) -> Html:
@@ -298,10 +332,10 @@ def _frame(across: _Scale, up: _Scale, box: tuple[float, float, float, float]) -
         zero = t == 0 and up.low <= 0
         drawn.append(el("line", x1=left, x2=right, y1=f"{up(t):.1f}", y2=f"{up(t):.1f}", class_="z" if zero else "g"))
     for t in _uncrowded(up):
-        drawn.append(el("text", up.axis.form(t), x=left - 6, y=f"{up(t) + 4:.1f}", text_anchor="end"))
+        drawn.append(el("text", up.axis.tick(t), x=left - 6, y=f"{up(t) + 4:.1f}", text_anchor="end"))
     for t in across.ticks:
         drawn.append(el("line", x1=f"{across(t):.1f}", x2=f"{across(t):.1f}", y1=bottom, y2=bottom + 4, class_="t"))
-        drawn.append(el("text", across.axis.form(t), x=f"{across(t):.1f}", y=bottom + 17, text_anchor="middle"))
+        drawn.append(el("text", across.axis.tick(t), x=f"{across(t):.1f}", y=bottom + 17, text_anchor="middle"))
     drawn.append(el("line", x1=left, x2=right, y1=bottom, y2=bottom, class_="t"))
     drawn.append(el("text", across.axis.label, x=(left + right) / 2, y=bottom + 36, text_anchor="middle", class_="l"))
     middle = (top + bottom) / 2
@@ -313,9 +347,9 @@ def _uncrowded(scale: _Scale) -> list[float]:
     """The ticks whose labels have room: those around the bend of a signed axis can come too close."""
     room = 30 if scale.start < scale.end else 12
     kept: list[float] = []
-    for tick in sorted(scale.ticks, key=abs):
-        if all(abs(scale(tick) - scale(other)) >= room for other in kept):
-            kept.append(tick)
+    for value in sorted(scale.ticks, key=abs):
+        if all(abs(scale(value) - scale(other)) >= room for other in kept):
+            kept.append(value)
     return sorted(kept)
 
 
@@ -360,6 +394,6 @@ def _by_x(series: Sequence[Series], x: Axis, y: Axis) -> Html:
     return table([x.label, *(s.name for s in series)], rows, caption=f"{y.label} by {x.label}")
 
 
-def side_by_side(plots: Sequence[Html]) -> Html:
-    """Small plots in a row that wraps."""
-    return el("div", join(plots), class_="plots")
+def side_by_side(plots: Sequence[Html], large: bool = False) -> Html:
+    """Plots in a row that wraps: three small ones or two large ones to a line."""
+    return el("div", join(plots), class_="plots large" if large else "plots")

@@ -11,11 +11,11 @@ from .charts import Axis, bar_plot
 from .markup import Html, el, island, join, visible
 from .page import Section, lead, missing
 from .run import Dictionary, Run
-from .tables import fixed, number, percent, table
+from .tables import fixed, number, percent, percent_tick, table
 
 _STATIC = {"top": 2, "sampled": 1}  # windows of each group that are there without the script
 _LENS = 10
-_GROUPS = {"top": "highest activation", "sampled": "sampled where it fires"}
+_GROUPS = {"top": "highest activation", "sampled": "sampled over tenths of its activations"}
 
 
 def features(run: Run) -> Section:
@@ -26,10 +26,11 @@ def features(run: Run) -> Section:
     said = lead(
         join(
             [
-                "A sample of latents, not the best ones. Shading and underline show a token's activation, the pointer or the arrow keys its value. ",
+                "A sample of latents, not the best ones. Shading and underline show a token's activation, the pointer or the arrow keys "
+                "its value. ",
                 el("span", _mask("token"), class_="window inline"),
-                " is a position that the model read as a mask; the small struck word is what stood there. Spaces are drawn as ·, line ends as ↵. "
-                "The logit lens is the latent's direct effect on the output only. These are statistics, not explanations.",
+                " is a position that the model read as a mask; the small struck word is what stood there. Spaces are drawn as ·, line "
+                "ends as ↵. The logit lens is the latent's direct effect on the output only. These are statistics, not explanations.",
             ]
         )
     )
@@ -40,7 +41,11 @@ def features(run: Run) -> Section:
         islands.append(island(f"features-{i}", _data(d, pieces)))
     absent = [d.name for d in run.dictionaries if d not in recorded]
     note = missing("No feature records for " + ", ".join(absent) + ".") if absent else None
-    keys = el("p", "Keys: / search, j and k or the arrows next and previous latent; inside a window ← and → go from token to token.", class_="keys needs-script")
+    keys = el(
+        "p",
+        "Keys: / search, j and k or the arrows next and previous latent; inside a window ← and → go from token to token.",
+        class_="keys needs-script",
+    )
     return Section("latents", "Latents", join([said, keys, el("div", *blocks, class_="dictionaries"), note]), tuple(islands))
 
 
@@ -55,7 +60,8 @@ def _dictionary(run: Run, d: Dictionary, i: int, pieces: dict[str, str]) -> Html
     said += [f"dead: {percent(dead)}"] if dead is not None else []
     said += [f"read: {f['select']} rows"] if f.get("select") else []
     colour = run.column(d.model)
-    latents = [_latent(record, i, pieces, colour) for record in f["records"]]
+    recorded = {record["latent"] for record in f["records"]}
+    latents = [_latent(record, i, pieces, colour, recorded) for record in f["records"]]
     return el(
         "section",
         el("h3", join([d.model, " ", el("span", d.label, class_="site")])),
@@ -68,7 +74,7 @@ def _dictionary(run: Run, d: Dictionary, i: int, pieces: dict[str, str]) -> Html
     )
 
 
-def _latent(record: dict[str, Any], i: int, pieces: dict[str, str], colour: int) -> Html:
+def _latent(record: dict[str, Any], i: int, pieces: dict[str, str], colour: int, recorded: set[int]) -> Html:
     latent = record["latent"]
     stats = [
         ("density", percent(record.get("density"))),
@@ -76,14 +82,16 @@ def _latent(record: dict[str, Any], i: int, pieces: dict[str, str], colour: int)
         ("mean where it fires", number(record["mean_activation"]) if record.get("mean_activation") is not None else None),
         ("density on masked rows", percent(record["density_masked"]) if record.get("density_masked") is not None else None),
         ("on visible rows", percent(record["density_visible"]) if record.get("density_visible") is not None else None),
-        ("density decile", number(record["decile"]) if record.get("decile") is not None else None),
+        ("density decile, 0 rarest", number(record["decile"]) if record.get("decile") is not None else None),
     ]
     chips = el("dl", *(el("div", el("dt", name), el("dd", value)) for name, value in stats if value is not None), class_="stats")
     return el(
         "article",
         el("h4", f"Latent {latent}"),
         chips,
-        el("div", _by_rate(record, colour), _lens(record, pieces), class_="panels"),
+        el("p", record["description"], class_="description") if record.get("description") else None,
+        el("div", _by_rate(record, colour), _tokens_of(record, pieces), class_="panels"),
+        _neighbours(record, i, recorded),
         el("div", _static_windows(record, pieces), class_="windows"),
         id=f"d{i}-{latent}",
         tabindex="-1",
@@ -95,18 +103,35 @@ def _by_rate(record: dict[str, Any], colour: int) -> Html:
     if not bins:
         return el("p", "Read from clean text: no corruption rates.", class_="missing")
     bars = [(fixed((b["low"] + b["high"]) / 2, 2), b.get("density")) for b in bins]
-    return bar_plot("Density by corruption rate", bars, "corruption rate", Axis("share of rows", form=percent), colour)
+    return bar_plot("Density by corruption rate", bars, "corruption rate", Axis("share of rows", form=percent, tick=percent_tick), colour)
 
 
-def _lens(record: dict[str, Any], pieces: dict[str, str]) -> Html:
+def _tokens_of(record: dict[str, Any], pieces: dict[str, str]) -> Html:
+    """Tokens that the latent raises and lowers, and those that it fires on."""
     lens = record.get("logit_lens") or {}
-    lists = []
-    for key, title in (("top", "raises"), ("bottom", "lowers")):
-        found = [(pieces.get(str(token), f"#{token}"), value) for token, value in (lens.get(key) or [])[:_LENS]]
-        if found:
-            items = [el("li", el("code", piece), " ", el("span", fixed(value, 2), class_="n")) for piece, value in found]
-            lists.append(el("div", el("h5", f"Logit lens, {title}"), el("ol", *items, class_="lens")))
-    return el("div", *lists, class_="lenses") if lists else missing("No logit lens in this record.")
+    lists = [
+        ("Logit lens, raises", lens.get("top") or (), 2),
+        ("Logit lens, lowers", lens.get("bottom") or (), 2),
+        ("Fires on more than elsewhere, z", [entry[:2] for entry in record.get("enriched") or ()], 1),
+    ]
+    shown = []
+    for title, entries, places in lists:
+        items = [
+            el("li", el("code", text_of(pieces, token)), " ", el("span", fixed(value, places), class_="n"))
+            for token, value in entries[:_LENS]
+        ]
+        if items:
+            shown.append(el("div", el("h5", title), el("ol", *items, class_="lens")))
+    return el("div", *shown, class_="lenses") if shown else missing("No logit lens and no enriched tokens in this record.")
+
+
+def _neighbours(record: dict[str, Any], i: int, recorded: set[int]) -> Html | None:
+    found = record.get("neighbours") or ()
+    if not found:
+        return None
+    named = (el("a", latent, href=f"#d{i}-{latent}") if latent in recorded else latent for latent, _ in found)
+    said = join((join([name, f" ({fixed(cosine, 2)})"]) for name, (_, cosine) in zip(named, found, strict=True)), ", ")
+    return el("p", "Nearest decoder rows (cosine): ", said, class_="said")
 
 
 def _static_windows(record: dict[str, Any], pieces: dict[str, str]) -> Html:
@@ -114,7 +139,12 @@ def _static_windows(record: dict[str, Any], pieces: dict[str, str]) -> Html:
     for group, most in _STATIC.items():
         for window in [w for w in record.get("windows") or () if w.get("group", "top") == group][:most]:
             rate = window.get("rate")
-            where = [_GROUPS[group], str(window.get("document", "")), number(window.get("position")), number(rate) if rate is not None else "–"]
+            where = [
+                "top" if group == "top" else "sampled",
+                str(window.get("document", "")),
+                number(window.get("position")),
+                number(rate) if rate is not None else "–",
+            ]
             rows.append([*where, number(max(window["activations"], default=None)), el("span", _tokens(window, pieces), class_="window")])
     if not rows:
         return missing("This latent fired in no window.")
@@ -126,7 +156,7 @@ def _tokens(window: dict[str, Any], pieces: dict[str, str]) -> Html:
     shown = []
     masked = window.get("is_masked") or [0] * len(window["tokens"])
     for token, original, is_masked, value in zip(window["tokens"], window["original"], masked, window["activations"], strict=True):
-        piece = _mask(pieces.get(str(original), f"#{original}")) if is_masked else text_of(pieces, token)
+        piece = _mask(text_of(pieces, original)) if is_masked else text_of(pieces, token)
         if value > 0:
             piece = el("b", piece, title=number(value), style=f"--a:{value / largest:.2f}")
         shown.append(piece)
@@ -155,12 +185,15 @@ def _data(d: Dictionary, pieces: dict[str, str]) -> dict[str, Any]:
                 {
                     "g": w.get("group", "top"), "d": document, "p": w.get("position"), "r": w.get("rate"), "t": w["tokens"], "o": originals,
                     "a": [_short(v) for v in w["activations"]], "m": [i for i, m in enumerate(w.get("is_masked") or ()) if m],
-                    "k": w.get("peak", _peak(w["activations"])),
+                    "k": w.get("peak", _peak(w["activations"])), "q": w.get("decile"),
                 }
             )  # fmt: skip
+        searched = [*((record.get("logit_lens") or {}).get("top") or ())[:_LENS], *(record.get("enriched") or ())[:_LENS]]
         latents.append(
-            {"id": record["latent"], "density": record.get("density"), "max": record.get("max_activation"), "windows": windows,
-             "lens": [token for token, _ in (record.get("logit_lens") or {}).get("top", ())[:_LENS]]}
+            {
+                "id": record["latent"], "density": record.get("density"), "max": record.get("max_activation"),
+                "words": [entry[0] for entry in searched], "said": record.get("description"), "windows": windows,
+            }
         )  # fmt: skip
     return {"name": d.name, "pieces": pieces, "documents": list(documents), "groups": _GROUPS, "latents": latents}
 

@@ -3,19 +3,19 @@
 from typing import Any
 
 from .charts import Axis, Point, Series, line_plot, side_by_side
-from .markup import Html, el, join
+from .markup import Html, el, join, text
 from .overview import described
 from .page import Section, lead, missing
 from .run import Dictionary, Run
-from .tables import fixed, interval, number, percent
+from .tables import fixed, number, percent, stacked
 
 _SETS = {"all": "all rows", "masked": "masked", "visible": "visible", "predicting": "predicting"}
 
 
-def _quartiles(values: dict[str, Any] | None) -> str:
+def _quartiles(values: dict[str, Any] | None) -> Html:
     if not values or values.get("median") is None:
-        return "–"
-    return f"{fixed(values['median'])} ({fixed(values.get('q25'))} – {fixed(values.get('q75'))})"
+        return text("–")
+    return stacked({"value": values["median"], "low": values.get("q25"), "high": values.get("q75")}, fixed)
 
 
 # name, how its row is set ("own": only the rows that a dictionary was trained on count), how it is read from a set
@@ -23,7 +23,7 @@ _QUANTITIES = (
     ("Explained variance", None, lambda s: _measured(s, "explained_variance", fixed)),
     ("without position 0 and outliers", "sub", lambda s: fixed((s.get("filtered") or {}).get("explained_variance"))),
     ("Cosine of x and x̂", None, lambda s: _measured(s, "cosine", fixed)),
-    ("‖x − x̂‖ / ‖x‖, median (quartiles)", None, lambda s: _quartiles(s.get("relative_error"))),
+    ("‖x − x̂‖ / ‖x‖, median [quartiles]", None, lambda s: _quartiles(s.get("relative_error"))),
     ("L0", None, lambda s: _measured(s, "l0", lambda v: fixed(v, 1))),
     ("Dead", "own", lambda s: percent(s.get("dead_share"))),
     ("Dense, fires on > 1 %", None, lambda s: percent(s.get("dense_share_1pct"))),
@@ -43,20 +43,22 @@ def fidelity(run: Run) -> Section:
     notes = [missing("Not measured for " + ", ".join(absent) + ".")] if absent else []
     for d in measured:
         if d.fidelity.get("enough_rows") is False:
-            notes.append(missing(f"{d.name}: fewer than {number(d.fidelity.get('rows_needed_for_dead'))} rows, too few to call a latent dead."))
+            notes.append(
+                missing(f"{d.name}: fewer than {number(d.fidelity.get('rows_needed_for_dead'))} rows, too few to call a latent dead.")
+            )
         if d.fidelity.get("forced"):
             notes.append(missing(f"{d.name}: measured in spite of a mismatch: {'; '.join(d.fidelity['forced'])}."))
     said = lead(
-        "Reconstruction of held-out rows. Masked and visible rows are those whose own input is, or is not, a mask. Dead latents fired on none "
-        "of the n rows of the dictionary's own kind. Brackets are 95 % intervals over documents. Explained variance depends on the spread of the rows that it is taken over: compare it across columns only "
-        "together with the relative error."
+        "Reconstruction of held-out rows. Masked and visible rows are those whose own input is, or is not, a mask. Dead latents fired on "
+        "none of the n rows of the dictionary's own kind. Brackets are 95 % intervals over documents. Explained variance depends on the "
+        "spread of the rows that it is taken over: compare it across columns only together with the relative error."
     )
     return Section("fidelity", "Fidelity", join([said, *tables, *notes, _by_rate(run, measured)]))
 
 
-def _measured(values: dict[str, Any], key: str, form: Any) -> str:
+def _measured(values: dict[str, Any], key: str, form: Any) -> Html:
     found = (values.get("intervals") or {}).get(key)
-    return interval(found, form) if found else form(values.get(key))
+    return stacked(found or values.get(key), form)
 
 
 def _table(run: Run, place: str, dictionaries: list[Dictionary]) -> Html:
@@ -84,18 +86,23 @@ def _distinct(sets: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _by_rate(run: Run, measured: list[Dictionary]) -> Html | None:
-    plots = []
+    body = []
     for place in dict.fromkeys(d.label for d in measured):
-        for key, title in (("explained_variance", "with each bin's own mean"), ("explained_variance_global_mean", "with the mean of all rows")):
+        plots = []
+        for key, title in (
+            ("explained_variance", "About each bin's own mean"),
+            ("explained_variance_global_mean", "About the mean of all rows"),
+        ):
             series = []
             for d in (d for d in measured if d.label == place):
                 bins = (d.sets.get("all") or next(iter(d.sets.values()))).get("by_rate") or []
                 points = tuple(Point((b["low"] + b["high"]) / 2, b.get(key)) for b in bins)
-                if any(p.y is not None for p in points):
+                if sum(p.y is not None for p in points) > 1:  # clean text is one bin, which the table holds
                     column = run.column(d.model)
                     series.append(Series(d.model, points, colour=column, mark=column))
             if series:
-                plots.append(line_plot(f"{place}, {title}", series, Axis("corruption rate (middle of its bin)", low=0.0, high=1.0), Axis("explained variance")))
-    if not plots:
-        return None
-    return join([el("h3", "Explained variance by corruption rate"), side_by_side(plots)])
+                x, y = Axis("corruption rate (middle of its bin)", low=0.0, high=1.0), Axis("explained variance", form=fixed)
+                plots.append(line_plot(title, series, x, y))
+        if plots:
+            body += [el("h4", place), side_by_side(plots, large=True)]
+    return join([el("h3", "Explained variance by corruption rate"), *body]) if body else None

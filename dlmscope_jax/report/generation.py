@@ -17,8 +17,9 @@ def generation(run: Run) -> Section:
     if not run.generations:
         return Section("generation", "Generation", missing("No steered generation in this run (no results of kind “steered_generation”)."))
     said = lead(
-        "The same prompt, the same random numbers; on the right the latent's decoder direction is added at every step. Tokens that a step has just "
-        "committed are set off, positions still masked are drawn as ▢. The latent's activation is what each step found before its own edit."
+        "The same prompt, the same random numbers; on the right the latent's decoder direction is added at every step. Tokens that a step "
+        "has just committed are set off, positions still masked are drawn as ▢. The latent's activation is what each step found before its "
+        "own edit."
     )
     blocks, islands = [], []
     for i, result in enumerate(run.generations):
@@ -51,7 +52,10 @@ def _one(run: Run, result: dict[str, Any], i: int) -> Html:
             ("Latent", number(result.get("latent"))),
             ("Written at", el("code", result["site"]) if result.get("site") else None),
             ("Strength α", join([number(result.get("strength")), f" ({result['scale']})" if result.get("scale") else ""])),
-            ("Total dose", f"{number(result['dose'])} (sum over steps of the median ‖Δh‖ / ‖h‖)" if result.get("dose") is not None else None),
+            (
+                "Total dose",
+                f"{number(result['dose'])} (sum over steps of the median ‖Δh‖ / ‖h‖)" if result.get("dose") is not None else None,
+            ),
             ("Prompt", el("code", visible(str(result["prompt"]))) if result.get("prompt") else None),
             ("Sampler", el("code", str(result["sampler"])) if result.get("sampler") else None),
         ]
@@ -76,10 +80,16 @@ def _results(result: dict[str, Any]) -> Html:
             side = result[key]
             step = side["commit_step"][position]
             confidence = (side.get("confidence") or [None] * (position + 1))[position]
-            row += [el("code", _text(pieces, side["history"][-1][position])), "never" if step >= steps else number(step), fixed(confidence, 2)]
+            row += [
+                el("code", _text(pieces, side["history"][-1][position])),
+                "never" if step >= steps else number(step),
+                fixed(confidence, 2),
+            ]
         rows.append(row)
     head = ["Position", *(f"{side}: {what}" for side in ("plain", "steered") for what in ("token", "step", "confidence"))]
-    order = el("details", el("summary", "Tokens in order of position, with the step that committed them"), table(head, rows, class_="striped"))
+    order = el(
+        "details", el("summary", "Tokens in order of position, with the step that committed them"), table(head, rows, class_="striped")
+    )
     return join([el("div", *finals, class_="finals"), order])
 
 
@@ -93,10 +103,12 @@ def _plots(result: dict[str, Any]) -> Html | None:
         return missing("The latent's activation was not followed in this generation.")
     prompt = result["prompt_length"]
     means = [
-        Series(key, tuple(Point(s, sum(line[prompt:]) / max(len(line) - prompt, 1)) for s, line in enumerate(grid)), colour=i, mark=i, dash=i)
+        Series(
+            key, tuple(Point(s, sum(line[prompt:]) / max(len(line) - prompt, 1)) for s, line in enumerate(grid)), colour=i, mark=i, dash=i
+        )
         for i, (key, _, grid) in enumerate(sides)
     ]
-    steps = Axis("denoising step", form=lambda v: number(round(v)))
+    steps = Axis("denoising step", whole=True, form=lambda v: number(round(v)))
     plots = [line_plot("The latent over steps", means, steps, Axis("mean activation, response", low=0.0))]
     if result.get("relative_size"):
         dose = Series("steered", tuple(Point(s, v) for s, v in enumerate(result["relative_size"])), colour=1, mark=1, dash=1)
@@ -110,4 +122,4 @@ def _plots(result: dict[str, Any]) -> Html | None:
         commits = frozenset((step, p) for p, step in enumerate(result[key]["commit_step"]) if 0 <= step < len(grid))
         labels = [str(s) for s in range(len(grid))], [str(p) for p in range(len(grid[0]))]
         heats.append(heat_plot(title, grid, *labels, "position", "step", commits, "outlined: committed by that step", top_value=largest))
-    return join([side_by_side(plots), side_by_side(heats)])
+    return join([side_by_side(plots, large=True), side_by_side(heats, large=True)])

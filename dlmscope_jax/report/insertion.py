@@ -6,7 +6,7 @@ from .charts import Axis, Point, Row, Series, dot_plot, legend, line_plot, side_
 from .markup import Html, el, join
 from .page import Section, lead, missing
 from .run import Dictionary, Run
-from .tables import fixed, interval, number, table
+from .tables import fixed, interval, number, table, tick
 
 REFERENCE = 0.45  # METHODS.md's rates hold it, and it is where the diffusion models are compared
 
@@ -18,10 +18,11 @@ _CONDITIONS = {
     "mean": ("mean by mask state", 5, 3, 3),
     "zero": ("zero", 6, 4, 4),
 }
+# title, axis, its scale, and what the scale is called
 _QUANTITIES = {
-    "delta": ("Δloss", "Δloss, nats a scored token", "signed_log"),
-    "kl": ("KL(clean ∥ replaced)", "KL, nats a scored token", "log"),
-    "top1": ("Top-1 agreement", "share of scored tokens", "linear"),
+    "delta": ("Δloss", "Δloss, nats a scored token", "signed_log", "axis linear within ±0.1, logarithmic beyond"),
+    "kl": ("KL(clean ∥ replaced)", "KL, nats a scored token", "log", "logarithmic axis"),
+    "top1": ("Top-1 agreement", "share of scored tokens", "linear", "the same most likely token as the clean model"),
 }
 
 
@@ -44,8 +45,7 @@ def insertion(run: Run) -> Section:
     said = lead(
         join(
             [
-                "The model runs on with other values in the place of its activations: the dictionary's reconstruction, or a control that does "
-                "as much damage blindly. ",
+                "The model runs on with other values in the place of its activations: the dictionary's reconstruction, or a control. ",
                 el("em", "Matched noise"),
                 " has, row by row, the norm of the dictionary's own error; the ",
                 el("em", "untrained dictionary"),
@@ -54,12 +54,15 @@ def insertion(run: Run) -> Section:
             ]
         )
     )
-    body = [said, el("h3", "All dictionaries"), *_overview(run, measured)]
+    body = [said, el("h3", "All dictionaries"), legend_of_conditions(measured, lines=False), *_overview(run, measured)]
     swept = [d for d in measured if len(d.insertion["rates"]) > 1]
     if swept:
         body += [el("h3", "By corruption rate"), legend_of_conditions(swept)]
         for d in swept:
-            body += [el("h4", join([d.model, " ", el("span", d.label, class_="site")])), side_by_side([_by_rate(d, q) for q in _QUANTITIES])]
+            body += [
+                el("h4", join([d.model, " ", el("span", d.label, class_="site")])),
+                side_by_side([_by_rate(d, q) for q in _QUANTITIES]),
+            ]
     body += [el("h3", "Loss recovered"), _recovered(measured), _provenance(measured)]
     absent = [d.name for d in run.dictionaries if not d.insertion]
     if absent:
@@ -94,34 +97,37 @@ def _overview(run: Run, measured: list[Dictionary]) -> list[Html]:
     conditions = _conditions(measured)
     series = [_named(c) for c in conditions]
     rates = {reference_rate(d) for d in measured} - {0}
-    at = " and ".join(number(r) for r in sorted(r for r in rates if r is not None))
-    said = f"Diffusion models at corruption rate {at}; autoregressive models on next tokens of clean text." if at else "Next tokens of clean text."
+    at = " and ".join(tick(r) for r in sorted(r for r in rates if r is not None))
+    said = (
+        f"Diffusion models at corruption rate {at}; autoregressive models on next tokens of clean text."
+        if at
+        else "Next tokens of clean text."
+    )
     plots = []
-    for key, (title, label, scale) in _QUANTITIES.items():
+    for key, (title, _, scale, note) in _QUANTITIES.items():
         rows = []
         for d in measured:
             rate = reference_rate(d)
             found = {i: _point(0, (_row(d, c, rate) or {}).get(key), scale) for i, c in enumerate(conditions)}
             rows.append(Row(d.label, {i: p for i, p in found.items() if p is not None}, group=d.model))
-        note = "axis linear within ±0.1, logarithmic beyond" if scale == "signed_log" else None
-        plots.append(dot_plot(title, rows, series, _axis(key), note=note))
-    return [lead(said), side_by_side(plots)]
+        plots.append(dot_plot(title, rows, series, _axis(key), note=note, keys=False))
+    return [el("p", said, class_="said"), side_by_side(plots, large=True)]
 
 
 def _axis(key: str) -> Axis:
-    _, label, scale = _QUANTITIES[key]
+    _, label, scale, _ = _QUANTITIES[key]
     if scale == "signed_log":
         return Axis(label, scale, linear_within=0.1)
     return Axis(label, scale, low=0.0 if key == "top1" else None, high=1.0 if key == "top1" else None)
 
 
-def legend_of_conditions(dictionaries: list[Dictionary]) -> Html:
-    """One legend for all small plots."""
-    return legend([_named(c) for c in _conditions(dictionaries)])
+def legend_of_conditions(dictionaries: list[Dictionary], lines: bool = True) -> Html:
+    """One legend for all plots that follow it."""
+    return legend([_named(c) for c in _conditions(dictionaries)], lines)
 
 
 def _by_rate(d: Dictionary, key: str) -> Html:
-    title, _, scale = _QUANTITIES[key]
+    title, _, scale, _ = _QUANTITIES[key]
     series = []
     for condition in _conditions([d]):
         points = [_point(rate, (_row(d, condition, rate) or {}).get(key), scale) for rate in d.insertion["rates"]]
@@ -138,17 +144,31 @@ def _recovered(measured: list[Dictionary]) -> Html:
     for d in measured:
         found = {(r["rate"], r["baseline"]): r for r in d.insertion.get("loss_recovered") or ()}
         row = _row(d, "clean", None) or {}
-        rows.append([f"{d.model} {d.label}", interval(row.get("loss"), fixed), *(interval(found.get((None, b)), fixed) for b in baselines), number(row.get("tokens")), number(row.get("documents"))])
+        rows.append(
+            [
+                f"{d.model} {d.label}",
+                interval(row.get("loss"), fixed),
+                *(interval(found.get((None, b)), fixed) for b in baselines),
+                number(row.get("tokens")),
+                number(row.get("documents")),
+            ]
+        )
     head = ["All rates together", "clean loss, nats", *(f"recovered, against {b}" for b in baselines), "scored tokens", "documents"]
     return table(head, rows, class_="striped")
 
 
 def _provenance(measured: list[Dictionary]) -> Html:
-    said = []
+    lines = []
     for d in measured:
-        i = d.insertion
-        line = f"{d.name}: {i.get('objective', 'objective not stated')}, {number(i.get('blocks'))} blocks of {number(i.get('block_length'))} tokens of the {i.get('side')} side, replaced at {i.get('positions')} positions, seed {i.get('seed')}"
-        forced = i.get("forced") or []
-        notes = sorted({r[q]["note"] for r in i.get("rows") or () for q in _QUANTITIES if isinstance(r.get(q), dict) and r[q].get("note")})
-        said.append(el("li", line + ("; used in spite of: " + "; ".join(forced) if forced else "") + ("; " + "; ".join(notes) if notes else "") + "."))
-    return el("details", el("summary", "What was scored"), el("ul", *said))
+        i = d.insertion or {}
+        parts = [
+            i.get("objective") or "objective not stated",
+            f"{number(i.get('blocks'))} blocks of {number(i.get('block_length'))} tokens of the {i.get('side')} side",
+            f"replaced at {i.get('positions')} positions",
+            f"seed {i.get('seed')}",
+        ]
+        parts += [f"mean and untrained dictionary fitted on {i['calibration']}"] if i.get("calibration") else []
+        parts += ["in spite of: " + "; ".join(i["forced"])] if i.get("forced") else []
+        parts += sorted({r[q]["note"] for r in i["rows"] for q in _QUANTITIES if isinstance(r.get(q), dict) and r[q].get("note")})
+        lines.append(el("li", f"{d.name}: {', '.join(parts)}."))
+    return el("details", el("summary", "What was scored"), el("ul", *lines))

@@ -1,6 +1,7 @@
 """HTML as values: everything that is not already markup is escaped, so that no token of a corpus can become a tag."""
 
 import json
+import re
 import unicodedata
 from collections.abc import Iterable
 from typing import Any
@@ -20,11 +21,17 @@ def text(value: Any) -> Html:
         return value
     if value is None:
         return Html("")
-    plain = str(value).encode("utf-8", "replace").decode("utf-8")  # a lone surrogate cannot be written to a file
-    plain = plain.replace("\0", "\N{REPLACEMENT CHARACTER}")
-    for raw, escaped in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ('"', "&quot;"), ("'", "&#39;")):
-        plain = plain.replace(raw, escaped)
-    return Html(plain)
+    plain = str(value)
+    return Html(_TO_ESCAPE.sub(_escaped, plain) if _TO_ESCAPE.search(plain) else plain)
+
+
+# beside markup's own characters: NUL, which no page may hold, and lone surrogates, which no file can
+_TO_ESCAPE = re.compile("[&<>\"'\0\ud800-\udfff]")
+_ESCAPES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;"}
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return _ESCAPES.get(match[0], "\N{REPLACEMENT CHARACTER}")
 
 
 def join(parts: Iterable[Any], separator: str = "") -> Html:

@@ -6,16 +6,22 @@ from .insertion import at_reference, reference_rate
 from .markup import Html, el, join
 from .page import Section, lead, missing
 from .run import Model, Run
-from .tables import duration, facts, fixed, interval, number, percent, table
+from .tables import duration, facts, fixed, interval, number, percent, table, tick
 
 _SIDES = ("train", "dev", "test")
 
 
 def overview(run: Run) -> Section:
     """Run summary: headline numbers, models, corpus, versions, configuration, times."""
-    body = [_headline(run), el("h3", "Models"), _models(run), el("h3", "Corpus"), _corpus(run)]
-    body += [el("h3", "Times"), _times(run), el("h3", "Environment and configuration"), _environment(run)]
-    return Section("summary", "Summary", join(body))
+    parts = [
+        ("Models", _models(run)),
+        ("Times", _times(run)),
+        ("Corpus", _corpus(run)),
+        ("Environment and configuration", _environment(run)),
+    ]
+    grid = el("div", *(el("div", el("h3", title), body) for title, body in parts), class_="halves")
+    left_out = [el("h3", "Left out"), el("ul", *(el("li", line) for line in run.left_out))] if run.left_out else []
+    return Section("summary", "Summary", join([_headline(run), grid, *left_out]))
 
 
 def described(model: Model) -> Html:
@@ -39,13 +45,13 @@ def _headline(run: Run) -> Html:
                 percent(fidelity.get("dead_share")),
                 interval(spliced.get("delta"), fixed),
                 interval(spliced.get("kl"), fixed),
-                "next token" if rate == 0 else "–" if rate is None else f"rate {number(rate)}",
+                "next token" if rate == 0 else "–" if rate is None else f"rate {tick(rate)}",
             ]
         )
     head = ["Dictionary", "Explained variance", "L0", "Dead", "Δloss (nats)", "KL (nats)", "Δloss, KL at"]
     note = lead(
-        "On the test side. Δloss is the change of the loss for each scored token when the dictionary's reconstruction takes the place of the "
-        "activations; KL is that of the model's predictions before and after. Brackets are 95 % intervals over documents."
+        "On the test side. Δloss is the change of the loss for each scored token when the dictionary's reconstruction takes the place of "
+        "the activations; KL is that of the model's predictions before and after. Brackets are 95 % intervals over documents."
     )
     return join([note, table(head, rows, caption="Headline numbers", class_="striped")])
 
@@ -56,9 +62,10 @@ def _models(run: Run) -> Html:
     rows = []
     for model in run.models:
         f = model.facts
-        cells = [f.get("family"), *(number(f.get(key)) for key in ("parameters", "n_layers", "d_model", "vocab_size"))]
-        rows.append([described(model), cells[0], *cells[1:], el("code", str(f.get("identity") or "–")[:12])])
-    return table(["Model", "Family", "Parameters", "Layers", "Width", "Vocabulary", "Weights"], rows, words=2)
+        kind = ", ".join(str(part) for part in (f.get("family"), model.objective) if part)
+        cells = [number(f.get(key)) for key in ("parameters", "n_layers", "d_model", "vocab_size")]
+        rows.append([join([model.name, el("small", kind, class_="kind")]), *cells, el("code", str(f.get("identity") or "–")[:8])])
+    return table(["Model", "Parameters", "Layers", "Width", "Vocabulary", "Weights"], rows)
 
 
 def _corpus(run: Run) -> Html:
@@ -105,5 +112,4 @@ def _environment(run: Run) -> Html:
     config = missing("The folder holds no config.yaml.")
     if run.config is not None:
         config = el("details", el("summary", "config.yaml"), el("pre", el("code", run.config), tabindex="0"))
-    left_out = [el("h3", "Left out"), el("ul", *(el("li", line) for line in run.left_out))] if run.left_out else []
-    return join([facts(pairs) if any(value for _, value in pairs) else None, config, *left_out])
+    return join([facts(pairs) if any(value for _, value in pairs) else None, config])

@@ -28,7 +28,6 @@ was trained elsewhere may name it as it likes.
 """
 
 import json
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,6 +119,7 @@ def read_run(run_dir: str | Path) -> Run:
     for file in files:
         result = _read_json(file)
         kind, version = result.get("kind"), result.get("version", VERSION)
+        _check(result, file)
         if version != VERSION:
             left_out.append(f"results/{file.name}: written as version {version}, this report reads version {VERSION}")
         elif kind == "run":
@@ -148,26 +148,40 @@ def read_run(run_dir: str | Path) -> Run:
     )
 
 
+# what a result cannot be shown without
+_NEEDED = {
+    "delta_loss": ("rates", "rows", "conditions"),
+    "features": ("records",),
+    "steered_generation": ("prompt_length", "steps", "plain", "steered"),
+}
+_NEEDED_OF_RECORDS = {"record": ("latent",), "window": ("tokens", "original", "activations")}
 _PARTS = {"fidelity": "fidelity", "delta_loss": "insertion", "features": "features"}
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        result = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        result = _parse(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UserError(f"report: {file} is not readable JSON ({error}): delete it and measure again") from None
     if not isinstance(result, dict):
         raise UserError(f'report: {file} holds a {type(result).__name__}; a result is an object with a "kind"')
-    return _finite(result)
+    return result
 
 
-def _finite(value: Any) -> Any:
-    """The same with NaN and infinities, which JSON readers of other languages refuse, as None."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _check(result: dict[str, Any], file: Path) -> None:
+    """Says which key of a result is missing, instead of a traceback from the middle of a page."""
+    lacking = [key for key in _NEEDED.get(result.get("kind", ""), ()) if key not in result]
+    for record in result.get("records") or () if result.get("kind") == "features" else ():
+        lacking += [f"{key} (of a record)" for key in _NEEDED_OF_RECORDS["record"] if key not in record]
+        for window in record.get("windows") or ():
+            lacking += [f"{key} (of a window)" for key in _NEEDED_OF_RECORDS["window"] if key not in window]
+    if lacking:
+        raise UserError(f"report: {file} lacks {lacking[0]}: delete it and measure again")
+
+
+def _parse(plain: str) -> Any:
+    """JSON, with the NaN and infinities that Python writes and other readers refuse as None."""
+    return json.loads(plain, parse_constant=lambda name: None)
 
 
 def _read_curve(file: Path) -> tuple[dict[str, Any], ...]:
@@ -178,7 +192,7 @@ def _read_curve(file: Path) -> tuple[dict[str, Any], ...]:
         if not line.strip():
             continue
         try:
-            entry = _finite(json.loads(line))
+            entry = _parse(line)
             found[int(entry["step"])] = entry
         except (ValueError, KeyError, TypeError):
             if i < len(lines):

@@ -100,9 +100,13 @@ function explorer(section) {
   search.setAttribute('aria-label', 'Search latents by number, token or document');
   const sort = make('select');
   sort.setAttribute('aria-label', 'Order of latents');
-  for (const [value, label] of [['density', 'Density, highest first'], ['-density', 'Density, lowest first'], ['max', 'Largest activation first'], ['id', 'Number']]) {
-    sort.append(new Option(label, value));
-  }
+  const orders = {
+    density: ['Density, highest first', l => -(l.density ?? 0)],
+    '-density': ['Density, lowest first', l => l.density ?? 0],
+    max: ['Largest activation first', l => -(l.max ?? 0)],
+    id: ['Number', l => l.id],
+  };
+  for (const [value, [label]] of Object.entries(orders)) sort.append(new Option(label, value));
   const found = make('p', 'found');
   found.setAttribute('aria-live', 'polite');
   const list = make('ul', 'list');
@@ -120,9 +124,9 @@ function explorer(section) {
       if (!peaks.includes(text)) peaks.push(text);
     }
     l.peaks = peaks;
-    const words = new Set([...l.lens.map(piece), ...l.windows.map(w => data.documents[w.d])]);
+    const words = new Set([l.said ?? '', ...l.words.map(piece), ...l.windows.map(w => data.documents[w.d])]);
     for (const w of l.windows) w.a.forEach((a, i) => { if (a > 0) { words.add(piece(w.t[i])); if (i in w.o) words.add(piece(w.o[i])); } });
-    l.words = [...words].join(' ').toLowerCase();
+    l.text = [...words].join(' ').toLowerCase();
   }
   const least = Math.min(...data.latents.map(l => l.density).filter(d => d > 0), 1);
   const reach = Math.log(1 / least) || 1;
@@ -130,11 +134,12 @@ function explorer(section) {
 
   function fill() {
     const query = search.value.trim().toLowerCase().replaceAll(' ', '·');
-    shown = data.latents.filter(l => !query || (/^\d+$/.test(query) ? String(l.id).startsWith(query) || l.words.includes(query) : l.words.includes(query)));
-    const by = sort.value;
-    const key = { density: l => -(l.density ?? 0), '-density': l => l.density ?? 0, max: l => -(l.max ?? 0), id: l => l.id }[by];
+    const numeric = /^\d+$/.test(query);
+    shown = data.latents.filter(l => !query || l.text.includes(query) || (numeric && String(l.id).startsWith(query)));
+    const key = orders[sort.value][1];
     shown.sort((a, b) => key(a) - key(b) || a.id - b.id);
-    found.textContent = shown.length === data.latents.length ? `${shown.length} latents` : `${shown.length} of ${data.latents.length} latents`;
+    const all = data.latents.length;
+    found.textContent = shown.length < all ? `${shown.length} of ${all} latents` : `${all} latents; bars are densities, logarithmic`;
     list.replaceChildren(...shown.map(l => {
       const li = make('li');
       li.id = 'o-' + prefix + l.id;
@@ -180,8 +185,10 @@ function explorer(section) {
       for (const w of windows) {
         const masked = new Set(w.m), largest = l.max || Math.max(...w.a, 1e-9);
         const win = make('div', 'win'), where = make('div', 'where'), text = make('div', 'window');
-        where.append(make('b', '', say(Math.max(...w.a))), make('span', '', data.documents[w.d]), make('span', '', `position ${say(w.p, 6)}`));
+        const facts = [data.documents[w.d], `position ${say(w.p, 6)}`];
+        where.append(make('b', '', say(Math.max(...w.a))), ...facts.map(fact => make('span', '', fact)));
         if (w.r !== null && w.r !== undefined) where.append(make('span', '', `rate ${say(w.r, 2)}`));
+        if (w.q !== null && w.q !== undefined) where.append(make('span', '', `tenth ${w.q + 1} of 10`));
         const original = i => piece(w.o[i] ?? w.t[i]);
         w.t.forEach((t, i) => {
           const node = token(piece(t), { masked: masked.has(i), original: original(i), value: w.a[i], largest });
@@ -189,7 +196,8 @@ function explorer(section) {
           text.append(node);
         });
         text.setAttribute('aria-label', `Window in ${data.documents[w.d]}, ${w.t.length} tokens`);
-        walkable(text, i => `${masked.has(i) ? 'masked, was ' : ''}“${original(i)}”   activation ${say(w.a[i])}   position ${w.p - w.k + i}`, readout);
+        const stood = i => `${masked.has(i) ? 'masked, was ' : ''}“${original(i)}”`;
+        walkable(text, i => `${stood(i)}   activation ${say(w.a[i])}   position ${w.p - w.k + i}`, readout);
         win.append(where, text);
         box.append(win);
       }
@@ -249,7 +257,8 @@ function tabs(box) {
   fromHash();
   addEventListener('keydown', e => {
     if (e.ctrlKey || e.metaKey || e.altKey || /^(INPUT|SELECT|TEXTAREA)$/.test(e.target.tagName)) return;
-    const here = explorers[tabs.at];
+    const here = explorers[tabs.at], { top, bottom } = box.getBoundingClientRect();
+    if (bottom < 0 || top > innerHeight) return;
     if (e.key === '/') { e.preventDefault(); here.search.focus(); }
     if (e.key === 'j') here.move(1);
     if (e.key === 'k') here.move(-1);
@@ -280,7 +289,7 @@ for (const box of document.querySelectorAll('.scrubber')) {
     walkable(text, i => {
       const s = +slider.value, commit = side.commit[i];
       const when = commit < 0 ? 'prompt' : commit >= data.steps ? 'never committed' : `committed by step ${commit}`;
-      const act = side.activation[Math.min(s, data.steps - 1)];
+      const act = side.activation[s];
       return `“${piece(side.history[s][i])}”   position ${i}   ${when}` + (act ? `   activation ${say(act[i])}` : '');
     }, readout);
     return { side, text };
@@ -290,7 +299,7 @@ for (const box of document.querySelectorAll('.scrubber')) {
     output.textContent = s === data.steps ? `result, ${s} steps` : `step ${s} reads`;
     for (const { side, text } of views) {
       text.replaceChildren(...side.history[s].map((id, i) => {
-        const act = side.activation[Math.min(s, data.steps - 1)];
+        const act = side.activation[s];  // none for the result, which no step has read
         const node = token(piece(id), {
           masked: id === data.mask, value: act ? act[i] : 0, largest, fresh: s > 0 && side.commit[i] === s - 1,
         });

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .markup import Html, el, join
+from .markup import Html, el, join, text
 
 MISSING = "–"
 
@@ -43,6 +43,26 @@ def percent(value: Any, digits: int = 2) -> str:
     return f"{number(100 * value, digits) if value < 0.1 else fixed(100 * value, 1)} %"
 
 
+def tick(value: float) -> str:
+    """A round number, as short as it can be."""
+    return f"{value:,.10g}".replace("-", "−") if 1e-4 <= abs(value) < 1e7 or not value else number(value, 1)
+
+
+def percent_tick(value: float) -> str:
+    """A round share as a percentage."""
+    return f"{tick(round(100 * value, 10))} %"
+
+
+def stacked(measured: Any, form: Any = number) -> Html:
+    """An estimate with its interval below it, for tables with many columns."""
+    if not isinstance(measured, Mapping):
+        return text(form(measured))
+    low, high = measured.get("low"), measured.get("high")
+    return join(
+        [form(measured.get("value")), el("small", f"[{form(low)}, {form(high)}]") if low is not None and high is not None else None]
+    )
+
+
 def interval(measured: Any, form: Any = number) -> str:
     """An estimate as ``value [low, high]``; without bounds just the value. Takes a plain number or an interval's mapping."""
     if not isinstance(measured, Mapping):
@@ -67,8 +87,7 @@ def table(
 ) -> Html:
     """A table whose first column names the rows; the first ``words`` columns are words, the others numbers. It scrolls inside its box."""
     if not isinstance(head, Html):
-        cells = (el("th", cell, scope="col", class_=None if i < words else "n") for i, cell in enumerate(head))
-        head = el("tr", *cells)
+        head = el("tr", *(el("th", cell, scope="col", class_=None if i < words else "n") for i, cell in enumerate(head)))
     body = []
     for row in rows:
         cells = [el("th", row[0], scope="row")]

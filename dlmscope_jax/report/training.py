@@ -2,19 +2,19 @@
 
 from collections.abc import Sequence
 
-from .charts import Axis, Point, Series, line_plot, side_by_side
+from .charts import Axis, Point, Series, legend, line_plot, side_by_side
 from .markup import join
 from .page import Section, lead, missing
 from .run import Dictionary, Run
-from .tables import fixed, number, percent
+from .tables import fixed, number, percent, percent_tick, tick
 
 _SHOWN = 60  # points a line: more cannot be told apart, and all of them stand in the table
-# what is plotted: title, the names that it may have in the metrics file, its axis
+# what is plotted: title, the names that it may have in the metrics file, its axis, how its numbers and its ticks are written
 _CURVES = (
-    ("Loss", ("loss",), "training loss", "log", number),
-    ("L0", ("l0",), "active latents a row", "linear", lambda v: fixed(v, 1)),
-    ("Dead share", ("dead_share", "dead"), "share of latents", "linear", percent),
-    ("Explained variance", ("explained_variance",), "of the batch", "linear", fixed),
+    ("Loss", ("loss",), "training loss", "log", number, tick),
+    ("Dead share", ("dead_share", "dead"), "share of latents", "linear", percent, percent_tick),
+    ("L0", ("l0",), "active latents a row", "linear", lambda v: fixed(v, 1), tick),
+    ("Explained variance", ("explained_variance",), "of the batch", "linear", fixed, tick),
 )
 
 
@@ -24,22 +24,24 @@ def training(run: Run) -> Section:
     if not trained:
         return Section("training", "Training", missing("No training curves: no dictionary in this folder has a metrics.jsonl."))
     plots = []
-    for title, names, label, scale, form in _CURVES:
+    for title, names, label, scale, form, ticks in _CURVES:
         series = [_series(run, d, names) for d in trained]
         series = [s for s in series if any(p.y is not None for p in s.points)]
         if not series:
             plots.append(missing(f"{title}: not in the metrics of this run."))
             continue
         low = None if scale == "log" else 0.0
-        y = Axis(label, scale if _positive(series) else "linear", low=low, form=form)
-        plots.append(line_plot(title, series, Axis("optimiser step", form=lambda v: number(round(v))), y, keys=True))
+        y = Axis(label, scale if _positive(series) else "linear", low=low, form=form, tick=ticks)
+        plots.append(line_plot(title, series, Axis("optimiser step", whole=True, form=lambda v: number(round(v))), y, keys=False))
     thinned = max(len(d.curve) for d in trained) > _SHOWN
     said = "Colour is the model, line pattern the place in it. " + (
         f"Of the logged steps, {_SHOWN} evenly spaced ones are drawn and tabulated." if thinned else "Every logged step is drawn."
     )
     absent = [d.name for d in run.dictionaries if not d.curve]
     note = missing("Not trained here, or without curves: " + ", ".join(absent) + ".") if absent else None
-    return Section("training", "Training", join([lead(said), side_by_side(plots), note]))
+    return Section(
+        "training", "Training", join([lead(said), legend([_series(run, d, ()) for d in trained]), side_by_side(plots, large=True), note])
+    )
 
 
 def _series(run: Run, d: Dictionary, names: Sequence[str]) -> Series:
