@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from dlmscope_jax.models import DiffusionSpec, ModelOutput
@@ -28,6 +29,15 @@ class Stub:
             "mix": jax.random.normal(keys[1], (2 * length,)),
             "head": 1.5 * jax.random.normal(keys[2], (vocab, 16)),
         }
+
+    def read(self, tokens: np.ndarray, real: np.ndarray) -> np.ndarray:
+        """Raw logits [T, V] of one row in NumPy, so that references need no JAX."""
+        embed, mix, head = (np.asarray(self.params[name], np.float64) for name in ("embed", "mix", "head"))
+        where = np.arange(len(tokens))
+        weight = mix[where[:, None] - where[None] + len(mix) // 2]
+        if self.diffusion is None:
+            weight = np.tril(weight)
+        return np.tanh(weight @ (embed[tokens] * real[:, None]) * len(tokens) ** -0.5) @ head.T
 
     def head_matrix(self, params):
         return params["head"].T

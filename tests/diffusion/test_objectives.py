@@ -81,7 +81,8 @@ def test_diffusion_loss_is_lladas(stubs):
     for model in (stubs.llada, stubs.dream):
         tokens = jax.random.randint(jax.random.key(0), (4, 10), 4, 23)
         key = jax.random.key(7)
-        (loss, parts), grads = jax.value_and_grad(lambda p, m=model, t=tokens, k=key: diffusion_loss(m, p, t, k), has_aux=True)(model.params)
+        training = jax.value_and_grad(diffusion_loss, argnums=1, has_aux=True)
+        (loss, parts), grads = training(model, model.params, tokens, key)
         rate_key, mask_key = jax.random.split(key)
         rate = np.asarray(training_rates(rate_key, 4, model.diffusion))
         corrupted, is_masked = corrupt(mask_key, tokens, rate, model.diffusion)
