@@ -7,7 +7,7 @@ from .markup import Html, el, join, text
 from .overview import described
 from .page import Section, lead, missing
 from .run import Dictionary, Run
-from .tables import fixed, number, percent, stacked
+from .tables import fixed, number, percent, stacked, tick
 
 _SETS = {"all": "all rows", "masked": "masked", "visible": "visible", "predicting": "predicting"}
 
@@ -101,7 +101,7 @@ def _by_rate(run: Run, measured: list[Dictionary]) -> Html | None:
                     column = run.column(d.model)
                     series.append(Series(d.model, points, colour=column, mark=column))
             if series:
-                x, y = Axis("corruption rate (middle of its bin)", low=0.0, high=1.0), Axis("explained variance", form=fixed)
+                x, y = Axis("corruption rate (middle of its bin)", low=0.0, high=1.0, form=tick), Axis("explained variance", form=fixed)
                 plots.append(line_plot(title, series, x, y))
         if plots:
             body += [el("h4", place), side_by_side(plots, large=True)]

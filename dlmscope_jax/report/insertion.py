@@ -132,7 +132,7 @@ def _by_rate(d: Dictionary, key: str) -> Html:
     for condition in _conditions([d]):
         points = [_point(rate, (_row(d, condition, rate) or {}).get(key), scale) for rate in d.insertion["rates"]]
         series.append(_named(condition, tuple(p for p in points if p is not None)))
-    x = Axis("corruption rate", low=0.0, high=1.0)
+    x = Axis("corruption rate", low=0.0, high=1.0, form=tick)
     return line_plot(title, series, x, _axis(key), keys=False, size=(340, 230))
 
 

@@ -135,7 +135,7 @@ function explorer(section) {
   function fill() {
     const query = search.value.trim().toLowerCase().replaceAll(' ', '·');
     const numeric = /^\d+$/.test(query);
-    shown = data.latents.filter(l => !query || l.text.includes(query) || (numeric && String(l.id).startsWith(query)));
+    shown = data.latents.filter(l => !query || (numeric ? String(l.id).startsWith(query) : l.text.includes(query)));
     const key = orders[sort.value][1];
     shown.sort((a, b) => key(a) - key(b) || a.id - b.id);
     const all = data.latents.length;
