@@ -22,13 +22,11 @@ class Source:
       sites: width of the rows of each site; a source without names has the one site "".
       meta: what is known about the rows.
       fingerprint: changes when the rows do, as far as that can be told.
-      per_epoch: batches before rows come again; None: never.
     """
 
     sites: dict[str, int]
     meta: dict[str, Any]
     fingerprint: str
-    per_epoch: int | None
 
     def batches(self, start_step: int, sites: list[str]) -> Iterator[Batch]:
         """The batches from ``start_step`` on, ``{site: [B, D]}``."""
@@ -50,14 +48,7 @@ class Source:
 
     def sample(self, rows: int, batch_size: int, site: str) -> np.ndarray:
         """The first ``rows`` rows of the training order (fewer where an epoch has fewer), float32."""
-        count = -(-rows // batch_size)
-        count = count if self.per_epoch is None else min(count, self.per_epoch)
-        batches = self.batches(0, [site])
-        found = [np.asarray(batch[site], np.float32) for batch in itertools.islice(batches, count)]
-        close = getattr(batches, "close", None)
-        if close is not None:
-            close()
-        return np.concatenate(found)[:rows]
+        raise NotImplementedError
 
 
 def open_source(source: Any, batch_size: int, seed: int, select: str) -> Source:
@@ -94,12 +85,16 @@ class _StoreSource(Source):
         self.sites, self.meta = store.sites, store.meta
         shards = "".join(f"{s.shard} {s.rows} {s.digest}\n" for s in store.shards)
         self.fingerprint = hashlib.sha256(shards.encode()).hexdigest()
-        first = self.batches(0, [next(iter(self.sites))])  # also complains of too few rows and a column that is missing
-        self.per_epoch = first.steps_per_epoch
-        first.close()
 
     def batches(self, start_step: int, sites: list[str]) -> Any:
         return self._store.batches(start_step=start_step, sites=sites, **self._arguments)
+
+    def sample(self, rows: int, batch_size: int, site: str) -> np.ndarray:
+        batches = self.batches(0, [site])
+        try:
+            return _sample(batches, rows, batch_size, batches.steps_per_epoch, site)
+        finally:
+            batches.close()
 
 
 class _ArraySource(Source):
@@ -118,17 +113,20 @@ class _ArraySource(Source):
         self._batch_size, self._seed = batch_size, seed
         self.sites = {name: array.shape[1] for name, array in self._arrays.items()}
         self.meta = {}
-        self.per_epoch = self._rows // batch_size
+        self._per_epoch = self._rows // batch_size
         self.fingerprint = _fingerprint(self._arrays)
 
     def batches(self, start_step: int, sites: list[str]) -> Iterator[Batch]:
         current, order = -1, np.zeros(0, np.int64)
         for step in itertools.count(start_step):
-            epoch, index = divmod(step, self.per_epoch)
+            epoch, index = divmod(step, self._per_epoch)
             if epoch != current:
                 current, order = epoch, np.random.default_rng([self._seed, epoch]).permutation(self._rows)
             rows = order[index * self._batch_size : (index + 1) * self._batch_size]
             yield {site: _rows_of(self._arrays[site], rows) for site in sites}
+
+    def sample(self, rows: int, batch_size: int, site: str) -> np.ndarray:
+        return _sample(self.batches(0, [site]), rows, batch_size, self._per_epoch, site)
 
 
 class _IteratorSource(Source):
@@ -140,7 +138,7 @@ class _IteratorSource(Source):
         self.sites = {}
         self._pull()
         self.sites = {name: rows.shape[1] for name, rows in self._waiting[0].items()}
-        self.meta, self.fingerprint, self.per_epoch = {}, "iterator", None
+        self.meta, self.fingerprint = {}, "iterator"
 
     def batches(self, start_step: int, sites: list[str]) -> Iterator[Batch]:
         for step in itertools.count():
@@ -178,6 +176,11 @@ class _IteratorSource(Source):
                 raise UserError(f"train: {what} has {len(rows)} rows, TrainSpec says batch_size={self._batch_size}")
         self._waiting.append(batch)
         self._pulled += 1
+
+
+def _sample(batches: Iterator[Batch], rows: int, batch_size: int, per_epoch: int, site: str) -> np.ndarray:
+    count = min(-(-rows // batch_size), per_epoch)
+    return np.concatenate([np.asarray(batch[site], np.float32) for batch in itertools.islice(batches, count)])[:rows]
 
 
 def _checked(value: Any, what: str) -> np.ndarray:

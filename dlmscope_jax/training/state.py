@@ -1,5 +1,7 @@
 """What a training run carries from step to step, and how it begins."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,6 +11,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from dlmscope_jax.dictionaries import TopK
 from dlmscope_jax.errors import UserError
 
 from .spec import TrainSpec
@@ -75,7 +78,7 @@ def init_state(spec: TrainSpec, key: Array | None = None, sample: Float[np.ndarr
         sample = np.asarray(sample, np.float32)
         scale = estimate_scale(sample, spec.site or "the sample")
         sample = sample[np.isfinite(sample).all(axis=1)] / np.float32(scale)
-    params = spec.dictionary.init(key, None if sample is None else jnp.asarray(sample))
+    params = _initialiser(spec.dictionary)(key, None if sample is None else jnp.asarray(sample))
     return TrainState(
         step=jnp.int32(0),
         params=params,
@@ -84,3 +87,9 @@ def init_state(spec: TrainSpec, key: Array | None = None, sample: Float[np.ndarr
         input_scale=jnp.float32(scale),
         skipped=jnp.int32(0),
     )
+
+
+@functools.cache
+def _initialiser(dictionary: TopK) -> Callable[..., dict]:
+    """``dictionary.init``, compiled once for a shape: its geometric median is a loop."""
+    return jax.jit(dictionary.init)

@@ -22,7 +22,9 @@ def sparse_rows(n: int, d: int = 16, features: int = 32, active: int = 3, seed: 
 
 def small_spec(**changes) -> TrainSpec:
     """A training that compiles once for this whole folder, where a test does not need another."""
-    return TrainSpec(**{"dictionary": TopK(16, 64, 4), "steps": 24, "batch_size": 64, "lr": 3e-3, "sample_rows": 256, "dead_rows": 320} | changes)
+    return TrainSpec(
+        **{"dictionary": TopK(16, 64, 4), "steps": 24, "batch_size": 64, "lr": 3e-3, "sample_rows": 256, "dead_rows": 320} | changes
+    )
 
 
 @pytest.fixture
