@@ -110,8 +110,6 @@ class Report:
 
     # latents a dictionary, stratified by density
     latents: int = 50
-    # blocks of the test side that windows are taken from
-    blocks: int = 128
     # the text that is continued with and without a steered latent
     prompt: str = "def "
     # tokens of the continuation, and denoising steps
@@ -171,7 +169,7 @@ _POSITIVE = {
     "dictionary": ("width",),
     "train": ("steps", "batch_size", "lr", "checkpoint_every"),
     "evaluate": ("rows", "blocks", "batch_size"),
-    "report": ("latents", "blocks", "new_tokens"),
+    "report": ("latents", "new_tokens"),
 }
 
 

@@ -27,15 +27,15 @@ from dlmscope_jax.report import report as write_report
 from dlmscope_jax.training import Progress, TrainSpec
 from dlmscope_jax.training import train as train_dictionaries
 
-from . import features
 from .configs import Run
+from .features import record_features, steer_one
 from .work import Work, say
 
 Dictionaries = dict[str, tuple[Any, Any, Any]]  # folder below dictionaries/ -> (spec, params, meta)
 
 
 def harvest(run: Run) -> None:
-    """Runs every model over the text and keeps its activations: a train and a test store each (released dictionaries need only the latter)."""
+    """Runs every model over the text and keeps its activations, to train on and to test on (released dictionaries are only tested)."""
     work = Work(run)
     for name in run.models:
         harvest_model(work, name)
@@ -141,7 +141,14 @@ def evaluate_model(work: Work, name: str) -> None:
                 )  # fmt: skip
             for key, result in results.items():
                 work.write("delta_loss", key, scored[key], result)
-    features.record_model(work, name, found, {key: {**about, "dictionary": mark} for key, mark in marks.items()})
+    with work.stage("record latents of", name) as stage:
+        inputs = {key: {**about, "dictionary": mark, "store": store.meta} for key, mark in marks.items()}
+        stage.reused = True
+        for key, dictionary in found.items():
+            recorded, new = record_features(work, name, key, dictionary, inputs[key])
+            stage.reused &= not new
+        # the last one: one generation a model is for show
+        stage.reused &= not steer_one(work, name, key, dictionary, recorded, inputs[key])
     _describe(work, name)
 
 
@@ -158,10 +165,10 @@ def dictionaries_of(work: Work, name: str) -> Dictionaries:
         site = canonical_site(released.site)
         if meta.layer >= 0 and meta.layer != int(site.rpartition("@")[2]):
             raise UserError(f"released.site: {released.path}/{released.subfolder} says that it reads {meta.site}, the config says {site}")
-        select = released.select if meta.select is None else meta.select
-        if select != released.select:
-            raise UserError(f"released.select: {released.path}/{released.subfolder} was trained on {select} rows, the config says {released.select}")
-        meta = dataclasses.replace(meta, site=site, layer=int(site.rpartition("@")[2]), select=select)
+        if meta.select not in (None, released.select):
+            where = f"{released.path}/{released.subfolder}"
+            raise UserError(f"released.select: {where} was trained on {meta.select} rows, the config says {released.select}")
+        meta = dataclasses.replace(meta, site=site, layer=int(site.rpartition("@")[2]), select=released.select)
         found[f"{label}/{site}_k{spec.k}"] = (spec, params, meta)
     for site in () if run.released else _sites(run):
         for k in run.dictionary.k:

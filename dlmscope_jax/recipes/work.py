@@ -70,7 +70,8 @@ class Work:
                     self._documents = read_documents(data.path)
                 documents = on_side(self._documents, side)
                 if not documents:
-                    raise UserError(f"data.path: {data.path} holds {len(self._documents)} documents, none of them on the {side} side: give more text")
+                    count = len(self._documents)
+                    raise UserError(f"data.path: none of the {count} documents of {data.path} is on the {side} side: give more text")
                 found = pack(documents, tokenizer, data.block_length)
             self._blocks[tokenizer.digest, side] = found
         return self._blocks[tokenizer.digest, side]
