@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from dlmscope_jax.diffusion import generate
 from dlmscope_jax.errors import UserError
@@ -142,8 +142,7 @@ def steered_generation(
             "activation": np.asarray(_follow(spec, weights, taps[read], jnp.int32(latent)), np.float64).round(5).tolist(),
         }
         if edits:
-            masked = jnp.zeros(history.shape, bool) if model.diffusion is None else history == model.diffusion.mask_id
-            sizes = _relative_sizes(edit, taps[written], masked[:-1], commit, prompt.shape[1])
+            sizes = _relative_sizes(edit, taps[written], commit)
             out["relative_size"], out["dose"] = sizes, float(np.sum(sizes))
         seen |= set(np.asarray(history).reshape(-1).tolist())
     ids = sorted(seen)
@@ -177,21 +176,21 @@ def _follow(spec: Any, weights: Any, x: Float[Array, "S L D"], latent: Int[Array
     return spec.encode(weights, x).latent(latent)
 
 
-@functools.partial(jax.jit, static_argnames="n_prompt")
-def _changes(
-    edit: Edit, x: Float[Array, "S L D"], masked: Bool[Array, "S L"], commit: Int[Array, " L"], n_prompt: int
-) -> Float[Array, "S L"]:
-    prompt = jnp.arange(x.shape[1])[None] < n_prompt
+@jax.jit
+def _changes(edit: Edit, x: Float[Array, "S L D"], commit: Int[Array, " L"]) -> Float[Array, "S L"]:
+    """``||dh|| / ||h||`` at every step and position, with the positions that the edit had at that step."""
+    given = commit[None] == -1
 
-    def one(step: Array, x: Array, masked: Array) -> Array:
-        now = edit.at_step(step, n_steps, prompt=prompt, masked=masked[None], just_committed=(commit == step - 1)[None] & ~prompt)
+    def one(step: Array, x: Array) -> Array:
+        unknown, fresh = (commit >= step)[None], (commit == step - 1)[None] & ~given
+        now = edit.at_step(step, n_steps, prompt=given, masked=unknown, just_committed=fresh)
         change = now.apply(x[None], x[None])[0] - x
         return jnp.linalg.norm(change, axis=-1) / jnp.maximum(jnp.linalg.norm(x, axis=-1), 1e-12)
 
     n_steps = x.shape[0]
-    return jax.vmap(one)(jnp.arange(n_steps), x, masked)
+    return jax.vmap(one)(jnp.arange(n_steps), x)
 
 
-def _relative_sizes(edit: Edit, x: Array, masked: Array, commit: Array, n_prompt: int) -> list[float]:
-    changes = np.asarray(_changes(edit, x, masked, commit, n_prompt))
+def _relative_sizes(edit: Edit, x: Array, commit: Array) -> list[float]:
+    changes = np.asarray(_changes(edit, x, commit))
     return [float(np.median(row[row > 0])) if (row > 0).any() else 0.0 for row in changes]
