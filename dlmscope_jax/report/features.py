@@ -11,7 +11,7 @@ from .charts import Axis, bar_plot
 from .markup import Html, el, island, join, visible
 from .page import Section, lead, missing
 from .run import Dictionary, Run
-from .tables import fixed, number, percent, percent_tick, table, tick
+from .tables import fixed, number, percent, percent_tick, table
 
 _STATIC = {"top": 2, "sampled": 1}  # windows of each group that are there without the script
 _LENS = 10
@@ -143,7 +143,7 @@ def _static_windows(record: dict[str, Any], pieces: dict[str, str]) -> Html:
                 "top" if group == "top" else "sampled",
                 str(window.get("document", "")),
                 number(window.get("position")),
-                tick(rate) if rate is not None else "–",
+                "–" if rate is None else number(rate, 2) if rate else "clean",
             ]
             rows.append([*where, number(max(window["activations"], default=None)), el("span", _tokens(window, pieces), class_="window")])
     if not rows:

@@ -25,11 +25,12 @@ def generation(run: Run) -> Section:
     for i, result in enumerate(run.generations):
         blocks.append(_one(run, result, i))
         islands.append(island(f"generation-{i}", _data(result)))
-    return Section("generation", "Generation", join([said, *blocks]), tuple(islands))
+    return Section("generation", "Generation", join([said, el("div", *blocks, class_="generations")]), tuple(islands))
 
 
 def _pieces(result: dict[str, Any]) -> dict[str, str]:
-    return {str(key): visible(str(piece)) for key, piece in (result.get("pieces") or {}).items()}
+    """Drawn texts by id; lines are broken where the text breaks them, because whole texts are shown here."""
+    return {str(key): visible(str(piece)).replace("↵", "↵\n") for key, piece in (result.get("pieces") or {}).items()}
 
 
 def _data(result: dict[str, Any]) -> dict[str, Any]:
@@ -61,7 +62,8 @@ def _one(run: Run, result: dict[str, Any], i: int) -> Html:
         ]
     )
     parts = [el("h3", title), shown, el("div", class_="scrubber", data_generation=f"generation-{i}"), _results(result), _plots(result)]
-    return el("div", *parts, class_="generation")
+    colour = f" c{run.column(dictionary.model)}" if dictionary else ""
+    return el("section", *parts, class_=f"generation{colour}", id=f"g{i}", aria_label=f"{name}, latent {result.get('latent')}")
 
 
 def _results(result: dict[str, Any]) -> Html:
@@ -108,11 +110,12 @@ def _plots(result: dict[str, Any]) -> Html | None:
         )
         for i, (key, _, grid) in enumerate(sides)
     ]
-    steps = Axis("denoising step", whole=True, form=lambda v: number(round(v)))
+    last = max(len(sides[0][2]) - 1, 1)
+    steps = Axis("step", low=0, high=last, whole=True, form=lambda v: number(round(v)))
     plots = [line_plot("The latent over steps", means, steps, Axis("mean activation, response", low=0.0))]
     if result.get("relative_size"):
         dose = Series("steered", tuple(Point(s, v) for s, v in enumerate(result["relative_size"])), colour=1, mark=1, dash=1)
-        plots.append(line_plot("Size of the edit", [dose], steps, Axis("median ‖Δh‖ / ‖h‖", low=0.0)))
+        plots.append(line_plot("Size of the edit", [dose], steps, Axis("median ‖Δh‖ / ‖h‖", low=0.0), "of the steered run"))
     heats = []
     largest = max((v for _, _, grid in sides for line in grid for v in line), default=0.0)
     for key, title, grid in sides:

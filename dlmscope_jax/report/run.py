@@ -13,15 +13,14 @@ Kinds ("version" is 1 in all; an unknown kind or version is named in the report 
     block_length, sides: {train: {documents, blocks, rows}, ...}}, ``versions`` {package: version},
     ``times`` [{stage, seconds, rows, reused}].
 ``fidelity``
-    dictionary, model, site, k, width, ``sets`` {"all" | "masked" | "visible" | ...: what ``StreamingFidelity.finish`` gives, and
-    ``intervals`` {quantity: interval}}; the keys of one set may stand at the top instead.
+    dictionary and what ``analysis.evaluate`` gives for it: ``sets`` {"all" | "masked" | "visible" | "predicting": what
+    ``StreamingFidelity.finish`` gives, and ``intervals``}, ``own``, ``enough_rows``; the keys of one set may stand at the top instead.
 ``delta_loss``
     dictionary and what ``analysis.delta_losses`` gives for it.
 ``features``
-    dictionary, model, site, rows, blocks, side, seed, dead_share, selection, mask_id, ``pieces`` {id: text} for every id below,
-    ``records``: feature records (see ``features.py``).
+    dictionary and what ``analysis.records_to_result`` gives for its ``FeatureRecord``s, with side, dead_share and selection (in words).
 ``steered_generation``
-    dictionary, prompt, sampler and what ``analysis.steered_generation`` gives.
+    dictionary, prompt, sampler, scale (in words) and what ``analysis.steered_generation`` gives.
 
 ``dictionary`` is the folder below ``dictionaries/``, for instance ``pocket-dlm/resid_post@2_k32``. A result of a dictionary that
 was trained elsewhere may name it as it likes.

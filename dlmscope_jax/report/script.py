@@ -84,8 +84,6 @@ function walkable(box, describe, readout) {
 }
 
 // ---- latents ------------------------------------------------------------------------------------------------
-const explorers = [];
-
 function explorer(section) {
   const data = read(section.dataset.features);
   const piece = id => data.pieces[id] ?? '#' + id;
@@ -187,7 +185,7 @@ function explorer(section) {
         const win = make('div', 'win'), where = make('div', 'where'), text = make('div', 'window');
         const facts = [data.documents[w.d], `position ${say(w.p, 6)}`];
         where.append(make('b', '', say(Math.max(...w.a))), ...facts.map(fact => make('span', '', fact)));
-        if (w.r !== null && w.r !== undefined) where.append(make('span', '', `rate ${say(w.r, 2)}`));
+        if (w.r !== null && w.r !== undefined) where.append(make('span', '', w.r ? `rate ${say(w.r, 2)}` : 'clean text'));
         if (w.q !== null && w.q !== undefined) where.append(make('span', '', `tenth ${w.q + 1} of 10`));
         const original = i => piece(w.o[i] ?? w.t[i]);
         w.t.forEach((t, i) => {
@@ -218,53 +216,59 @@ function explorer(section) {
   });
   fill();
   if (shown.length) choose(shown[0].id, false);
-  return { section, search, move, choose, has: id => latents.has(id), prefix };
+  return { search, move, choose };
 }
 
-function tabs(box) {
-  const sections = [...box.querySelectorAll('.dictionary')];
-  if (!sections.length) return;
+// one of several blocks is open; the bar names them
+function tabs(box, blocks, label, opened) {
   const bar = make('div', 'tabs');
   bar.setAttribute('role', 'tablist');
-  bar.setAttribute('aria-label', 'Dictionaries');
+  bar.setAttribute('aria-label', label);
   const open = i => {
-    sections.forEach((s, j) => { s.hidden = i !== j; });
+    blocks.forEach((block, j) => { block.hidden = i !== j; });
     [...bar.children].forEach((b, j) => { b.setAttribute('aria-selected', i === j); b.tabIndex = i === j ? 0 : -1; });
-    if (!explorers[i]) explorers[i] = explorer(sections[i]);
-    tabs.at = i;
+    opened(i);
   };
-  sections.forEach((s, i) => {
-    const b = make('button', s.className.replace('dictionary', ''), s.getAttribute('aria-label'));
+  blocks.forEach((block, i) => {
+    const b = make('button', [...block.classList].filter(c => /^c\d$/.test(c)).join(' '), block.getAttribute('aria-label'));
     b.type = 'button';
-    b.id = 'tab-' + s.id;
     b.setAttribute('role', 'tab');
-    b.setAttribute('aria-controls', s.id);
-    s.setAttribute('role', 'tabpanel');
+    b.setAttribute('aria-controls', block.id);
+    block.setAttribute('role', 'tabpanel');
     b.addEventListener('click', () => open(i));
     b.addEventListener('keydown', e => {
       const by = { ArrowRight: 1, ArrowLeft: -1 }[e.key];
-      if (by) { e.preventDefault(); const j = (i + by + sections.length) % sections.length; open(j); bar.children[j].focus(); }
+      if (by) { e.preventDefault(); const j = (i + by + blocks.length) % blocks.length; open(j); bar.children[j].focus(); }
     });
     bar.append(b);
   });
-  box.prepend(bar);
+  if (blocks.length > 1) box.prepend(bar);
   open(0);
+  return open;
+}
+
+for (const box of document.querySelectorAll('.dictionaries')) {
+  const sections = [...box.querySelectorAll('.dictionary')], explorers = [];
+  let at = 0;
+  const open = tabs(box, sections, 'Dictionaries', i => { at = i; explorers[i] ??= explorer(sections[i]); });
   const fromHash = () => {
-    const m = /^#(d(\d+)-)(\d+)$/.exec(location.hash);
-    if (m && sections[+m[2]]) { open(+m[2]); explorers[+m[2]].choose(+m[3], false); box.scrollIntoView({ behavior: 'auto' }); }
+    const m = /^#d(\d+)-(\d+)$/.exec(location.hash);
+    if (!m || !sections[+m[1]]) return;
+    open(+m[1]);
+    explorers[+m[1]].choose(+m[2], false);
+    sections[+m[1]].scrollIntoView({ behavior: 'auto' });
   };
   addEventListener('hashchange', fromHash);
   fromHash();
   addEventListener('keydown', e => {
     if (e.ctrlKey || e.metaKey || e.altKey || /^(INPUT|SELECT|TEXTAREA)$/.test(e.target.tagName)) return;
-    const here = explorers[tabs.at], { top, bottom } = box.getBoundingClientRect();
+    const { top, bottom } = box.getBoundingClientRect();
     if (bottom < 0 || top > innerHeight) return;
-    if (e.key === '/') { e.preventDefault(); here.search.focus(); }
-    if (e.key === 'j') here.move(1);
-    if (e.key === 'k') here.move(-1);
+    if (e.key === '/') { e.preventDefault(); explorers[at].search.focus(); }
+    if (e.key === 'j') explorers[at].move(1);
+    if (e.key === 'k') explorers[at].move(-1);
   });
 }
-for (const box of document.querySelectorAll('.dictionaries')) tabs(box);
 
 // ---- generation ---------------------------------------------------------------------------------------------
 for (const box of document.querySelectorAll('.scrubber')) {
@@ -276,7 +280,7 @@ for (const box of document.querySelectorAll('.scrubber')) {
   slider.min = 0;
   slider.max = data.steps;
   slider.value = data.steps;
-  slider.setAttribute('aria-label', 'Denoising step');
+  slider.setAttribute('aria-label', 'Step');
   bench.append(play, slider, output);
   const sides = make('div', 'sides'), readout = make('p', 'readout', 'Point at a token for its step and activation.');
   readout.setAttribute('aria-live', 'polite');
@@ -300,7 +304,8 @@ for (const box of document.querySelectorAll('.scrubber')) {
     for (const { side, text } of views) {
       text.replaceChildren(...side.history[s].map((id, i) => {
         const act = side.activation[s];  // none for the result, which no step has read
-        const node = token(piece(id), {
+        const unwritten = data.mask === null && side.commit[i] >= s;  // an autoregressive model has not come that far
+        const node = token(unwritten ? '' : piece(id), {
           masked: id === data.mask, value: act ? act[i] : 0, largest, fresh: s > 0 && side.commit[i] === s - 1,
         });
         if (i < data.prompt) node.classList.add('given');
@@ -324,6 +329,9 @@ for (const box of document.querySelectorAll('.scrubber')) {
   });
   box.append(bench, sides, readout);
   show();
+}
+for (const box of document.querySelectorAll('.generations')) {
+  tabs(box, [...box.querySelectorAll('.generation')], 'Generations', () => {});
 }
 })();
 """

@@ -169,7 +169,7 @@ figcaption{font-size:.9rem;margin-bottom:.3rem;line-height:1.35}figcaption stron
 .bench input{flex:1;min-width:10rem;padding:0;accent-color:var(--link)}.bench output{font-variant-numeric:tabular-nums;min-width:7.5rem;
   font-size:.9rem}
 .sides>div{background:var(--raised);border:1px solid var(--rule);border-radius:8px;padding:.4rem 1rem .9rem}
-.sides .window{min-height:6rem}
+.sides .window{min-height:6rem}.sides .tok:not(.masked){display:inline;line-height:inherit}
 
 @media (max-width:64rem){.explorer{grid-template-columns:minmax(0,1fr)}.chooser{position:static;max-height:none}.list{max-height:15rem}}
 @media (max-width:52rem){body{display:block}nav{position:static;height:auto;padding:1rem 1.1rem 0}nav .brand{margin:0 0 .5rem}

@@ -357,6 +357,34 @@ def test_size_of_a_latent_is_bounded(make_run):
     assert 5_000 < (sizes[0] - sizes[1]) / (3 * 4) < 18_000  # bytes a latent; 300 of them stay near 5 MB
 
 
+def test_records_as_the_analysis_writes_them_are_shown(make_run):
+    from dlmscope_jax.analysis.records import FeatureRecord, Window, records_to_result
+
+    window = Window("sampled", "a.document", 7, 0.25, (3, 11), (10, 11), (1, 0), (0.0, 2.5), 1, decile=4)
+    record = FeatureRecord(
+        "pocket-dlm", "resid_post@2", 99, "all", 1000, 0.125, 0.25, None, ({"low": 0.2, "high": 0.3, "rows": 1000, "density": 0.125},),
+        6, 2.5, 1.5, (window,), {"top": [[11, 1.5]], "bottom": [[10, -1.5]]}, ((11, 4.25, 3),), ((5, 0.75),),
+        {3: "<|mask|>", 10: " yes", 11: "no"}, "a description",
+    )  # fmt: skip
+    folder = make_run(latents=1, windows=1, layers=(2,))
+    result = records_to_result([record], side="test", dead_share=0.5, selection="one", dictionary="pocket-dlm/resid_post@2_k32")
+    (folder / "results" / "features-pocket-dlm-2.json").write_text(json.dumps(result))
+    article = next(iter(parsed(report(folder)).all("article")))
+    assert article.one("p", "description").text == "a description"
+    lists = {n.one("h5").text: n.one("ol").text for n in article.one("div", "lenses").children}
+    assert lists == {"Logit lens, raises": "no 1.50", "Logit lens, lowers": "·yes −1.50", "Fires on more than elsewhere, z": "no 4.2"}
+    assert rows_of(article.one("div", "windows"))[1] == ["sampled", "a.document", "7", "0.25", "2.50", "▢·yesno"]
+    assert rows_of(article.one("figure"))[1] == ["0.25", "12.5 %"]
+    assert article.one("p", "said").text.endswith("5 (0.75)")
+
+
+def test_every_control_of_the_analysis_has_a_name_and_a_mark():
+    from dlmscope_jax.analysis.controls import CONDITIONS
+    from dlmscope_jax.report import insertion
+
+    assert set(CONDITIONS) - {"clean"} == set(insertion._CONDITIONS)
+
+
 def test_names_of_dictionaries_give_their_place():
     assert Dictionary("a/resid_post@2_k32", "a", "resid_post@2", 32).label == "resid_post@2, k 32"
     assert Dictionary("a/resid_post@2", "a", "resid_post@2", None).label == "resid_post@2"
