@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dlmscope_jax.data import builtin_blocks, load_tokenizer
@@ -47,12 +48,38 @@ def pocket_model(name: str) -> Transformer:
 
 def initial_parameters(name: str, model: Transformer, work: Path, seed: int) -> dict:
     """Random parameters; for ``pocket-dream`` those of ``pocket-ar`` of the same seed, with zero biases."""
-    if name != "pocket-dream":
+    if name == "pocket-ar":
         return init_params(model, jax.random.key(seed))
+    if name == "pocket-dlm":
+        return attend_to_neighbours(model, init_params(model, jax.random.key(seed)), jax.random.key(seed + 1))
     params = load_tree(work / f"pocket-ar-{seed}" / "best.npz", init_params(pocket_model("pocket-ar"), jax.random.key(0)))
     blocks = init_params(model, jax.random.key(seed))["params"]["blocks"]
     biases = {k: v for k, v in blocks.items() if k.endswith("_bias")}
     return {"params": params["params"] | {"blocks": params["params"]["blocks"] | biases}}
+
+
+def attend_to_neighbours(model: Transformer, params: dict, key: jax.Array) -> dict:
+    """Starts head 0 of every layer at the token to the left and head 1 at the token to the right.
+
+    A masked position holds the same vector everywhere, so until attention depends on distance no neighbour can be read,
+    and finding that out by gradient takes a masked model longer than this script trains it. Half of the embeddings'
+    variance is made common to all tokens, and the queries and keys of the two heads turn that common part into
+    ``sum_f cos(f (i + d - j))`` over the ten highest rotary frequencies f, which peaks at the neighbour ``j = i + d``.
+    """
+    cfg, tree = model.config, params["params"]
+    common = jax.random.normal(key, (cfg.d_model,))
+    direction, size = common / jnp.linalg.norm(common), jnp.linalg.norm(common) / 2**0.5
+    half = cfg.head_dim // 2
+    frequency = cfg.rope_theta ** (-jnp.arange(half) / half)
+    chosen = (jnp.arange(half) < 10) * ((3.0 * cfg.head_dim**0.5) ** 0.5 / size)  # 3 nats between a neighbour and the next
+    blocks = dict(tree["blocks"])
+    for head, distance in ((0, -1), (1, 1)):
+        columns = slice(head * cfg.head_dim, (head + 1) * cfg.head_dim)
+        query = jnp.concatenate([chosen * jnp.cos(frequency * distance), chosen * jnp.sin(frequency * distance)])
+        key_ = jnp.concatenate([chosen, 0 * chosen])
+        blocks["q"] = blocks["q"].at[:, :, columns].add(direction[:, None] * query)
+        blocks["k"] = blocks["k"].at[:, :, columns].add(direction[:, None] * key_)
+    return {"params": tree | {"embed": (tree["embed"] + common) / 2**0.5, "blocks": blocks}}
 
 
 def save_tree(path: Path, tree) -> None:
@@ -68,7 +95,7 @@ def save_tree(path: Path, tree) -> None:
 def load_tree(path: Path, like):
     """Reads what ``save_tree`` wrote, into the shape of ``like``."""
     with np.load(path) as stored:
-        return jax.tree.unflatten(jax.tree.structure(like), [jax.numpy.asarray(stored[f"arr_{i}"]) for i in range(len(stored.files))])
+        return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(stored[f"arr_{i}"]) for i in range(len(stored.files))])
 
 
 def main() -> None:
