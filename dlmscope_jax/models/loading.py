@@ -182,6 +182,7 @@ def save_model(folder: str | os.PathLike, model: Transformer, params: dict, dtyp
             out[tensor.name.format(layer=i)] = np.ascontiguousarray(value.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype))
     part = folder / "model.safetensors.part"
     save_file(out, part, metadata={"format": "pt"})
+    part.chmod(0o644)  # the library makes files that only their owner can read
     part.rename(folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(family.write(model.config, model.diffusion) | {"torch_dtype": dtype}, indent=2) + "\n")
 

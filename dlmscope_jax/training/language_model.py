@@ -119,7 +119,7 @@ def make_language_model_step(
         grads = jax.tree.map(lambda g: g / passes, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": losses.mean(), "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": losses.mean(), "grad_norm": optax.tree.norm(grads)}
         return LanguageModelState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return jax.jit(step, donate_argnums=0)
