@@ -83,8 +83,9 @@ def test_dot_plot_marks_say_what_the_table_says():
 
 def test_bars_are_as_high_as_their_values():
     figure = bar_plot("t", [("a", 1.0), ("b", 0.5), ("c", None), ("d", 0.0)], "x", Axis("y"))
-    heights = [float(r.get("height")) for r in svg_of(figure).iter("rect")]
-    assert heights[1] == pytest.approx(heights[0] / 2, abs=0.1) and heights[2] == 0 and len(heights) == 3
+    bars = [(float(r.get("y")), float(r.get("height"))) for r in svg_of(figure).iter("rect")]
+    top, bottom = 8.0, 130 - 36.0  # the axis goes from 0 to 1
+    assert bars == [(top, bottom - top), (pytest.approx((top + bottom) / 2), pytest.approx((bottom - top) / 2)), (bottom, 0)]
     assert cells_of(figure)[1:] == [["a", "1.00"], ["b", "0.500"], ["c", "–"], ["d", "0"]]
 
 

@@ -4,7 +4,7 @@ import json
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dlmscope_jax.report.markup import Html, el, island, join, text, visible
@@ -29,12 +29,16 @@ class Events(HTMLParser):
 
 
 @given(ANY_TEXT, ANY_TEXT)
+@example('</p><img src="x">', '"><img onerror="')
+@example("&amp;&#39;'", "' onclick='&quot;")
 def test_text_and_attributes_come_out_as_they_went_in(content, attribute):
     parsed = Events(el("p", content, title=attribute))
     assert parsed.tags == [("p", {"title": attribute})] and parsed.said == content
 
 
 @given(ANY_TEXT)
+@example("</script><script>&lt;<!--")
+@example("\u2028\u2029")
 def test_an_island_holds_its_data_and_cannot_be_left(value):
     data = {"value": value, value: [1, 2.5, None]}
     parsed = Events(island("i", data))
