@@ -30,7 +30,7 @@ class Harvest:
     sites: tuple[str, ...] = ("resid_post@2", "resid_post@4")
     # rows (token positions) of the train side at least; blocks are repeated with new masks where the text is short
     train_rows: int = 500_000
-    # rows of the test side at least
+    # rows of the test side at least, for L0, explained variance, dead and dense shares (or all that the text has)
     test_rows: int = 100_000
     # corruption of diffusion models; autoregressive ones always read clean text
     policy: Literal["rate", "batch_rate", "clean"] = "rate"
@@ -94,8 +94,6 @@ class Released:
 class Evaluate:
     """How dictionaries are examined, on the test side."""
 
-    # test rows for L0, explained variance, dead and dense shares
-    rows: int = 100_000
     # blocks of the test side on which the insertion is scored, at every rate
     blocks: int = 64
     # corruption rates for the insertion of diffusion models
@@ -168,7 +166,7 @@ _POSITIVE = {
     "harvest": ("train_rows", "test_rows", "batch_size"),
     "dictionary": ("width",),
     "train": ("steps", "batch_size", "lr", "checkpoint_every"),
-    "evaluate": ("rows", "blocks", "batch_size"),
+    "evaluate": ("blocks", "batch_size"),
     "report": ("latents", "new_tokens"),
 }
 

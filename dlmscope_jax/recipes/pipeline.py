@@ -56,8 +56,15 @@ def evaluate(run: Run) -> None:
 
 
 def report(run: Run) -> None:
-    """Writes ``report.html`` and prints where it is."""
-    print(write_report(Work(run).folder))
+    """Writes ``report.html`` and prints where it is.
+
+    Raises:
+      UserError: nothing was measured in this run yet.
+    """
+    work = Work(run)
+    if not list((work.folder / "results").glob("*.fidelity.json")):
+        raise UserError(f"report: nothing was measured in {work.folder} yet: run dlmscope evaluate with the same config first")
+    print(write_report(work.folder))
 
 
 def harvest_model(work: Work, name: str) -> None:

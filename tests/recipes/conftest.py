@@ -1,6 +1,8 @@
 """Tiny models in the layouts of the real ones, a small folder of text, and runs on them."""
 
+import contextlib
 import dataclasses
+import io
 import random
 import shutil
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import dlmscope_jax
 from dlmscope_jax.models import DiffusionSpec, ModelConfig, Transformer, init_params, save_model
 from dlmscope_jax.recipes.configs import Data, Dictionary, Evaluate, Harvest, Report, Run, Train
+from dlmscope_jax.recipes.quickstart import quickstart
 
 TINY = ModelConfig(
     family="llada", vocab_size=2048, d_model=16, n_layers=3, n_heads=2, n_kv_heads=2, head_dim=8, d_mlp=32, norm_eps=1e-5,
@@ -54,17 +57,41 @@ def corpus(tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def finished(model_folders, corpus, tmp_path_factory) -> tuple[Run, str]:
+    """A run of three models that has been through everything, and what it printed; not to be written to."""
+    run = a_run(model_folders, corpus, tmp_path_factory.mktemp("finished"))
+    run = dataclasses.replace(run, models=tuple(model_folders[family] for family in ("llada", "dream", "llama")))
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        quickstart(run)
+    return run, out.getvalue()
+
+
+@pytest.fixture
+def finished_copy(finished, tmp_path) -> tuple[Run, Path]:
+    """The finished run in a folder of its own, and that folder."""
+    run = dataclasses.replace(finished[0], root=str(tmp_path / "runs"))
+    folder = tmp_path / "runs" / run.name
+    shutil.copytree(Path(finished[0].root) / run.name, folder)
+    return run, folder
+
+
 @pytest.fixture
 def small_run(model_folders, corpus, tmp_path) -> Run:
-    """A run that takes seconds."""
+    """A run of two models that takes seconds."""
+    return a_run(model_folders, corpus, tmp_path)
+
+
+def a_run(model_folders: dict[str, str], corpus: str, folder: Path) -> Run:
     return Run(
         name="small",
-        root=str(tmp_path / "runs"),
+        root=str(folder / "runs"),
         models=(model_folders["llada"], model_folders["llama"]),
         data=Data(path=corpus, block_length=32),
         harvest=Harvest(sites=("resid_post@0", "resid_post@1"), train_rows=2000, test_rows=600, batch_size=16),
         dictionary=Dictionary(width=32, k=(4,)),
         train=Train(steps=6, batch_size=128, lr=1e-3, checkpoint_every=3),
-        evaluate=Evaluate(rows=600, blocks=4, rates=(0.15, 0.45), batch_size=4),
+        evaluate=Evaluate(blocks=4, rates=(0.15, 0.45), batch_size=4),
         report=Report(latents=4, prompt="def read(", new_tokens=6),
     )

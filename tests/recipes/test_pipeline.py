@@ -32,12 +32,10 @@ def changed(before: dict[str, int], after: dict[str, int]) -> set[str]:
     return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
 
 
-def test_the_whole_way_and_again(small_run, capsys):
-    run = dataclasses.replace(small_run, models=(*small_run.models, small_run.models[0].replace("llada", "dream")))
-    report = quickstart(run)
+def test_the_whole_way(finished):
+    run, out = finished
     folder = Path(run.root) / run.name
-    assert report == folder / "report.html"
-    out = capsys.readouterr().out
+    report = folder / "report.html"
     assert str(report.resolve()) in out and str(folder.resolve()) in out
     for model in ("llada", "llama", "dream"):
         for layer in (0, 1):
@@ -54,48 +52,49 @@ def test_the_whole_way_and_again(small_run, capsys):
         kinds = {json.loads(p.read_text())["kind"] for p in (folder / "results").glob(f"{model}.*.json")}
         assert kinds == {"fidelity", "delta_loss", "features", "steered_generation"}
     summary = json.loads((folder / "results" / "run.json").read_text())
-    assert [m["objective"] for m in summary["models"]] == ["diffusion", "autoregressive", "shifted diffusion"]
+    assert [m["objective"] for m in summary["models"]] == ["diffusion", "shifted diffusion", "autoregressive"]
     assert config.load(Run, folder / "config.yaml") == run
     assert b"http" not in b"".join(line for line in report.read_bytes().split(b"\n") if b"src=" in line)
 
-    before, times = files(folder), summary["times"]
+
+def test_a_second_run_reuses_what_is_there(finished_copy):
+    run, folder = finished_copy
+    summary = json.loads((folder / "results" / "run.json").read_text())
+    before = files(folder)
     quickstart(run)
     rewritten = changed(before, files(folder))
     assert rewritten <= {"config.yaml", "report.html", "results/run.json"}, rewritten
-    assert json.loads((folder / "results" / "run.json").read_text())["times"] == times
+    assert json.loads((folder / "results" / "run.json").read_text())["times"] == summary["times"]
 
 
-def test_the_verbs_one_by_one_do_what_the_quickstart_does(small_run, model_folders, tmp_path):
-    run = dataclasses.replace(small_run, models=(model_folders["llada"],))
-    quickstart(run)
-    other = dataclasses.replace(run, name="verbs")
+def test_the_verbs_one_by_one_do_what_the_quickstart_does(finished_copy, model_folders, tmp_path):
+    run, _ = finished_copy
+    other = dataclasses.replace(run, name="verbs", models=(model_folders["llada"],))
     path = tmp_path / "verbs.yaml"
     path.write_text(config.dump(other))
     for verb in ("harvest", "train", "evaluate", "report"):
         assert main([verb, str(path)]) == 0
     for result in ("fidelity", "delta_loss"):
         name = f"results/llada.resid_post@1_k4.{result}.json"
-        one, two = (json.loads((Path(run.root) / n / name).read_text()) for n in ("small", "verbs"))
+        one, two = (json.loads((Path(run.root) / n / name).read_text()) for n in (run.name, "verbs"))
         assert one == two
 
 
-def test_a_changed_setting_measures_again_only_what_depends_on_it(small_run, model_folders):
-    run = dataclasses.replace(small_run, models=(model_folders["llama"],))
-    quickstart(run)
-    folder = Path(run.root) / run.name
+def test_a_changed_setting_measures_again_only_what_depends_on_it(finished_copy, model_folders):
+    run, folder = finished_copy
+    run = dataclasses.replace(run, models=(model_folders["llama"],))
     before = files(folder)
     pipeline.evaluate(dataclasses.replace(run, evaluate=dataclasses.replace(run.evaluate, blocks=3)))
     rewritten = changed(before, files(folder)) - {"config.yaml", "results/run.json"}
     assert rewritten and all(name.endswith("delta_loss.json") for name in rewritten), rewritten
 
 
-def test_a_damaged_result_is_measured_again(small_run, model_folders):
-    run = dataclasses.replace(small_run, models=(model_folders["llama"],))
-    quickstart(run)
-    path = Path(run.root) / run.name / "results" / "llama.resid_post@0_k4.fidelity.json"
+def test_a_damaged_result_is_measured_again(finished_copy, model_folders):
+    run, folder = finished_copy
+    path = folder / "results" / "llama.resid_post@0_k4.fidelity.json"
     whole = json.loads(path.read_text())
     path.write_text(path.read_text()[:100])
-    quickstart(run)
+    pipeline.evaluate(dataclasses.replace(run, models=(model_folders["llama"],)))
     assert json.loads(path.read_text()) == whole
 
 
@@ -195,18 +194,19 @@ def test_a_run_killed_at_any_moment_goes_on(small_run, model_folders, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(config.dump(run))
     folder = Path(run.root) / run.name
-    command = [sys.executable, "-m", "dlmscope_jax.cli", "quickstart", str(path)]
-    for waits_for in ("harvest/llada/train/*", "dictionaries/llada/*/checkpoints/*"):
+    for verb, waits_for in (("harvest", "harvest/llada/train/*"), ("train", "dictionaries/llada/*/checkpoints/*")):
+        command = [sys.executable, "-m", "dlmscope_jax.cli", verb, str(path)]
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         start = time.monotonic()
         while not list(folder.glob(waits_for)) and process.poll() is None and time.monotonic() - start < 120:
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
     undisturbed = dataclasses.replace(run, name="undisturbed")
-    quickstart(undisturbed)
+    pipeline.harvest(undisturbed)
+    pipeline.train(undisturbed)
     for site in ("resid_post@0", "resid_post@1"):
         one, two = (load_dictionary(folder.parent / name / "dictionaries" / "llada" / f"{site}_k4") for name in ("killed", "undisturbed"))
         for leaf in one[1]:
