@@ -9,7 +9,7 @@ from pathlib import Path
 from dlmscope_jax.errors import UserError
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Lets ``write`` fill a temporary file beside ``path``, syncs it and renames it into place.
 
     Raises:

@@ -14,6 +14,7 @@ the end. Rows are therefore summed by their norm in logarithmic bins of 7.5 %, a
 results are read: the limit is exact to one bin, and ``norm_limit`` says where it fell.
 """
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -185,7 +186,8 @@ class StreamingFidelity:
         product = norm * norm_hat
         cosine = jnp.where(product > 0, (y * y_hat).sum(axis=1) / jnp.where(product > 0, product, 1.0), 0.0)
         active, fired = _activity(codes, valid, self.fired.shape[0])
-        return self.replace(
+        return dataclasses.replace(
+            self,
             shift=shift,
             rows=self.rows + count,
             by_rate=self.by_rate.add(rate_group, valid, error, square, centred),

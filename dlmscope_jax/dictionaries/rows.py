@@ -31,13 +31,21 @@ def project_gradient(params: dict, gradients: dict) -> dict:
 def geometric_median(sample: Float[Array, "S D"], iterations: int = 100) -> Float[Array, " D"]:
     """The point with the least summed distance to the rows, by Weiszfeld's iteration from the mean.
 
-    Outliers of a hundred times the usual norm, which language models have, move a mean but hardly this.
+    Outliers of a hundred times the usual norm, which language models have, move a mean but hardly this. Ends when a step
+    moves less than 1e-5 of the mean distance, or after ``iterations``.
     """
 
-    def step(_, centre):
+    def step(state):
+        i, centre, _ = state
         distance = jnp.sqrt(jnp.square(sample - centre).sum(axis=1))
+        typical = jnp.mean(distance)
         # A row at the centre itself would have infinite weight; the floor is far below any distance that matters.
-        weight = 1.0 / jnp.maximum(distance, 1e-6 * jnp.mean(distance) + _TINY)
-        return (weight[:, None] * sample).sum(axis=0) / weight.sum()
+        weight = 1.0 / jnp.maximum(distance, 1e-6 * typical + _TINY)
+        following = (weight[:, None] * sample).sum(axis=0) / weight.sum()
+        return i + 1, following, jnp.linalg.norm(following - centre) > 1e-5 * typical
 
-    return jax.lax.fori_loop(0, iterations, step, sample.mean(axis=0))
+    def unfinished(state):
+        i, _, moving = state
+        return (i < iterations) & moving
+
+    return jax.lax.while_loop(unfinished, step, (0, sample.mean(axis=0), True))[1]

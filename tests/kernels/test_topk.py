@@ -102,7 +102,7 @@ def test_no_retrace_for_new_values():
 
 def test_defaults():
     assert default_implementation(16384, 32, "cpu") == "grouped"
-    assert default_implementation(4096, 32, "cpu") == "reference"
+    assert default_implementation(2048, 32, "cpu") == "reference"
     assert default_implementation(16384, 8192, "cpu") == "reference"
     assert default_implementation(16384, 32, "gpu") == "reference"
 

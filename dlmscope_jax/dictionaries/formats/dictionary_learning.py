@@ -33,7 +33,7 @@ CONFIG, WEIGHTS = "config.json", "ae.pt"
 _TENSORS = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec", "b_dec": "b_dec"}
 _SCALARS = ("k", "threshold")
 _SITE = re.compile(r"(resid_pre|resid_mid|resid_post|mlp_in|mlp_out|attn_out)_layer_(\d+)")
-_SELECT = {"mask": "masked", "unmask": "visible", "all": "all", "clean": "all"}
+_SELECT: dict[str, Any] = {"mask": "masked", "unmask": "visible", "all": "all", "clean": "all"}
 
 
 def recognises(folder: Path, config: Any) -> bool:

@@ -21,7 +21,7 @@ import pickletools
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ def _size(entries=()):
     return tuple(entries)
 
 
-_CALLABLE = {
+_CALLABLE: dict[tuple[str, str], Callable] = {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     ("torch", "device"): _device,
@@ -313,10 +313,10 @@ class _Pickler:
         for i in range(len(shape) - 2, -1, -1):
             stride[i] = stride[i + 1] * max(shape[i + 1], 1)
         self.out += b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\n" + _STORAGE_NAMES[array.dtype].encode() + b"\n"
-        for entry in (str(len(self.arrays)), "cpu", array.size):
-            self.write(entry)
+        for part in (str(len(self.arrays)), "cpu", array.size):
+            self.write(part)
         self.out += b"tQ"
-        for entry in (0, tuple(shape), tuple(stride), False, OrderedDict()):
-            self.write(entry)
+        for argument in (0, tuple(shape), tuple(stride), False, OrderedDict()):
+            self.write(argument)
         self.out += b"tR"
         self.arrays.append(array)
