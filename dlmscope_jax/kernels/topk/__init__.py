@@ -13,7 +13,8 @@ Record behind the defaults (medians, float32, jax 0.10.2, 2-core CPU, B = 2048):
 | 16384, 32 | 79 ms     | 35 ms   |
 
 Inside a whole training step (D = 192, k = 32; CPU time on a busy machine) ``grouped`` costs 93 against 87 ms at N = 2048 and
-141 against 172 ms at N = 4096. Hence ``grouped`` on CPU from N = 4096 on. On other platforms nothing has been measured, so the reference is the default.
+141 against 172 ms at N = 4096. Hence ``grouped`` on CPU from N = 4096 on. On other platforms nothing has been measured,
+so the reference is the default.
 """
 
 from functools import partial
