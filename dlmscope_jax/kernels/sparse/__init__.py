@@ -13,15 +13,15 @@ into [B, N] and multiplies matrices. Which is faster depends on N / k against th
 
 Record behind the defaults (medians, float32, jax 0.10.2, 2-core CPU, B = 2048, k = 32):
 
-| primitive         | N = 2048, D = 192: gather / dense | N = 4096, D = 192 | N = 16384, D = 768 |
-|-------------------|-----------------------------------|-------------------|--------------------|
-| combine           | 1.0 / 9.2 ms                      | 1.5 / 28 ms       | 13 / 287 ms        |
-| dots              | 2.9 / 9.3 ms                      | 5.8 / 50 ms       |                    |
-| outer             | 3.0 / 15 ms                       | 3.8 / 74 ms       | 36 / 356 ms        |
+| primitive | N = 2048, D = 192: gather / dense | N = 4096, D = 192 |
+|-----------|-----------------------------------|-------------------|
+| combine   | 1.0 / 9.2 ms                      | 1.5 / 28 ms       |
+| dots      | 2.9 / 9.3 ms                      | 5.8 / 50 ms       |
+| outer     | 3.0 / 15 ms                       | 3.8 / 74 ms       |
 
-A whole training step (encoder, selection, decoder, both gradients, AuxK compiled in, Adam) took 50 ms at N = 2048 and 83 ms
-at N = 4096 with ``gather`` (medians, D = 192); in CPU time, on a busy machine, 87 against 185 ms with ``dense`` at N = 2048
-and 172 against 341 ms at N = 4096.
+A whole training step (encoder, selection, decoder, both gradients, Adam; no AuxK) took 50 ms at N = 2048 and 83 ms at
+N = 4096 with ``gather`` (medians, D = 192); in CPU time of the trainer's own step, on a busy machine, 87 against 185 ms
+with ``dense`` at N = 2048 and 172 against 341 ms at N = 4096.
 
 The ratio falls with N / k and crosses near 20: ``gather`` on CPU from N / k = 16. On accelerators nothing has been
 measured; the roofline puts the crossing at N / k of 150 to 600 (nominal balance of A100 to TPU v6e), and 256 is taken.
