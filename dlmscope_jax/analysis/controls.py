@@ -69,7 +69,8 @@ def replacements(
     return jnp.where(where[None, :, :, None], values, x[None])
 
 
-def block_keys(key: Array, rate_index: int, blocks: Int[Array, " B"]) -> Array:
+@jax.jit
+def block_keys(key: Array, rate_index: int | Int[Array, " B"], blocks: Int[Array, " B"]) -> Array:
     """[B] keys, one a block: a function of the seed, the rate and the block, never of the batch it falls into."""
-    key = jax.random.fold_in(key, rate_index)
-    return jax.vmap(lambda i: jax.random.fold_in(key, i))(blocks)
+    rate_index = jnp.broadcast_to(jnp.asarray(rate_index, jnp.int32), blocks.shape)
+    return jax.vmap(lambda r, i: jax.random.fold_in(jax.random.fold_in(key, r), i))(rate_index, blocks)

@@ -7,7 +7,7 @@ that reconstructs perfectly loses exactly nothing.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ from .match import Dictionary, check_match, raw
 RATES = tuple(round(0.05 + 0.1 * i, 2) for i in range(10))
 VERSION = 1
 _COPY_LIMIT = 2 << 30  # bytes of upper-layer weights that are copied to save running the lower layers again
-_CALIBRATION_BATCHES = 10
+_CALIBRATION_TOKENS = 1 << 14
 _SAMPLE = 4096  # rows that an untrained dictionary is initialised from, as a trained one is
 
 
@@ -191,33 +191,43 @@ class _Batches:
     key: Array
     padded: bool
 
-    def at(self, rate_index: int, rate: float, only: int | None = None):
-        """Batches at one rate; with ``only``, the one batch of that number (counted round)."""
-        total = len(self.blocks.tokens)
-        starts = list(range(0, total, self.size))
-        for start in starts if only is None else [starts[only % len(starts)]]:
-            index = np.minimum(np.arange(start, start + self.size), total - 1)
-            fresh = np.arange(start, start + self.size) < total
-            tokens, documents = np.asarray(self.blocks.tokens)[index], np.asarray(self.blocks.documents)[index]
-            real = documents >= 0
-            if self.diffusion is None:
-                read, is_masked, scored = tokens, np.zeros_like(real), real.copy()
-                scored[:, 0] = False  # nothing comes before the first token
-            else:
-                keys = block_keys(self.key, rate_index, jnp.asarray(index))
-                read, is_masked = _corrupted(keys, tokens, rate, self.diffusion, ~real)
-                scored = is_masked
-            yield {
-                "tokens": jnp.asarray(read), "targets": jnp.asarray(tokens), "is_masked": jnp.asarray(is_masked),
-                "scored": jnp.asarray(scored) & fresh[:, None], "attention": jnp.asarray(real) if self.padded else None,
-                "documents": np.where(fresh[:, None], documents, -1), "block": index,
-            }  # fmt: skip
+    def at(self, rate_index: int, rate: float) -> Iterator[dict[str, Any]]:
+        """All blocks at one rate."""
+        for start in range(0, len(self.blocks.tokens), self.size):
+            yield self._make(np.arange(start, start + self.size), np.full(self.size, rate_index), np.full(self.size, rate))
+
+    def spread(self, rates: tuple[float, ...]) -> Iterator[dict[str, Any]]:
+        """The first blocks, as many as calibration takes, each at one of the rates in turn."""
+        tokens = np.asarray(self.blocks.tokens)
+        total = min(len(tokens), max(_CALIBRATION_TOKENS // tokens.shape[1], 1))
+        for start in range(0, total, self.size):
+            index = np.arange(start, start + self.size)
+            which = index % len(rates)
+            yield self._make(index, which, np.asarray(rates)[which], total)
+
+    def _make(self, index: np.ndarray, rate_index: np.ndarray, rate: np.ndarray, total: int | None = None) -> dict[str, Any]:
+        total = len(self.blocks.tokens) if total is None else total
+        fresh, index = index < total, np.minimum(index, total - 1)
+        tokens, documents = np.asarray(self.blocks.tokens)[index], np.asarray(self.blocks.documents)[index]
+        real = documents >= 0
+        if self.diffusion is None:
+            read, is_masked, scored = tokens, np.zeros_like(real), real.copy()
+            scored[:, 0] = False  # nothing comes before the first token
+        else:
+            keys = block_keys(self.key, jnp.asarray(rate_index), jnp.asarray(index))
+            read, is_masked = _corrupted(keys, tokens, rate.astype(np.float32), self.diffusion, ~real)
+            scored = is_masked
+        return {
+            "tokens": jnp.asarray(read), "targets": jnp.asarray(tokens), "is_masked": jnp.asarray(is_masked),
+            "scored": jnp.asarray(scored) & fresh[:, None], "attention": jnp.asarray(real) if self.padded else None,
+            "documents": np.where(fresh[:, None], documents, -1), "block": index,
+        }  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames="diffusion")
 def _corrupted(keys: Array, tokens: Array, rate: Array, diffusion: Any, protect: Array) -> tuple[Array, Array]:
-    one = lambda key, row, kept: corrupt(key, row[None], rate, diffusion, protect=kept[None], exact=True)  # noqa: E731
-    read, is_masked = jax.vmap(one)(keys, tokens, protect)
+    one = lambda key, row, rate, kept: corrupt(key, row[None], rate, diffusion, protect=kept[None], exact=True)  # noqa: E731
+    read, is_masked = jax.vmap(one)(keys, tokens, rate, protect)
     return read[:, 0], is_masked[:, 0]
 
 
@@ -301,13 +311,10 @@ def _score(
 def _calibrate(
     model: Any, params: dict, batches: _Batches, rates: tuple[float, ...], collect: tuple[str, ...]
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Means by mask state and a sample of rows at every site, from a few batches spread over the rates."""
+    """Means by mask state and a sample of rows at every site, from a few blocks spread over the rates."""
     sums = {site: np.zeros((2, 0)) for site in collect}
     counts, samples = np.zeros(2), {site: [] for site in collect}
-    share = -(-_SAMPLE // _CALIBRATION_BATCHES)
-    for b in range(_CALIBRATION_BATCHES):
-        r = b % len(rates)
-        (batch,) = batches.at(r, rates[r], only=b)
+    for batch in batches.spread(rates):
         real = (batch["documents"] >= 0).reshape(-1)
         states = np.asarray(batch["is_masked"]).reshape(-1)[real]
         counts += np.bincount(states, minlength=2)
@@ -315,9 +322,10 @@ def _calibrate(
             rows = np.asarray(tap.astype(jnp.float32)).reshape(-1, tap.shape[-1])[real]
             new = np.stack([rows[~states].sum(0, dtype=np.float64), rows[states].sum(0, dtype=np.float64)])
             sums[site] = new if sums[site].size == 0 else sums[site] + new
-            samples[site].append(rows[np.linspace(0, len(rows) - 1, min(share, len(rows))).astype(int)])
+            samples[site].append(rows)
     means = {site: jnp.asarray(s / np.maximum(counts, 1)[:, None], jnp.float32) for site, s in sums.items()}
-    return means, {site: jnp.asarray(np.concatenate(parts)) for site, parts in samples.items()}
+    every = max(1, int(counts.sum()) // _SAMPLE)
+    return means, {site: jnp.asarray(np.concatenate(parts)[::every]) for site, parts in samples.items()}
 
 
 class _Tally:

@@ -1,5 +1,6 @@
 """From a text to its latents, and from a word to latents."""
 
+import collections
 import functools
 from typing import Any
 
@@ -36,7 +37,7 @@ def latents_for(
     Args:
       model, params: the language model.
       dictionary: ``(spec, params, meta)`` of that model.
-      text: the text; the tokenizer's own special tokens are put around it.
+      text: the text; the tokenizer's own special tokens are put around it, and a mask spelled out in it is a mask.
       rate: corruption rate; an exact share of the tokens is masked. 0 for an autoregressive model.
       seed: of the masks.
       top: latents given for each token (at most those that fire), and for the whole text.
@@ -62,25 +63,25 @@ def latents_for(
     original = jnp.asarray([ids], jnp.int32)
     tokens, is_masked = original, jnp.zeros(original.shape, bool)
     if rate:
-        tokens, is_masked = corrupt(jax.random.key(seed), original, rate, model.diffusion, exact=True)
+        tokens, _ = corrupt(jax.random.key(seed), original, rate, model.diffusion, exact=True)
+    if model.diffusion is not None:
+        is_masked = tokens == model.diffusion.mask_id
     site = canonical_site(meta.site)
     name, layer = parse_site(site, model.config)
     x = model.apply(params, tokens, logits=False, collect=(site,)).taps[name][layer]
     values, indices = (np.asarray(a) for a in _largest(spec, weights, x[0].astype(jnp.float32), min(top, spec.width)))
     active = [[[int(i), round(float(v), 5)] for v, i in zip(*row, strict=True) if v > 0] for row in zip(values, indices, strict=True)]
-    over: dict[int, dict] = {}
-    for position, row in enumerate(active):
-        for latent, value in row:
-            entry = over.setdefault(latent, {"latent": latent, "max": -np.inf, "position": position, "tokens": 0})
-            entry["tokens"] += 1
-            if value > entry["max"]:
-                entry |= {"max": value, "position": position}
+    fired = sorted((-value, position, int(latent)) for position, row in enumerate(active) for latent, value in row)
+    tokens_of = collections.Counter(latent for _, _, latent in fired)
+    strongest: dict[int, dict[str, Any]] = {}
+    for value, position, latent in fired:
+        strongest.setdefault(latent, {"latent": latent, "max": -value, "position": position, "tokens": tokens_of[latent]})
     read = np.asarray(tokens)[0].tolist()
     return {
         "kind": "latents_for", "version": VERSION, "model": meta.model, "site": site, "rate": float(rate), "seed": seed,
         "tokens": read, "original": list(ids), "is_masked": np.asarray(is_masked)[0].astype(int).tolist(),
         "pieces": tokenizer.pieces(read), "original_pieces": tokenizer.pieces(ids), "active": active,
-        "latents": sorted(over.values(), key=lambda e: (-e["max"], e["latent"]))[:top],
+        "latents": list(strongest.values())[:top],
     }  # fmt: skip
 
 
@@ -123,7 +124,7 @@ def find_latents(records: list[FeatureRecord], query: str, top: int = 20) -> lis
         raise UserError("find_latents: the query is empty; give a word")
     if any(record.windows and not record.pieces for record in records):
         raise UserError("find_latents: these records hold token ids only; collect them with a tokenizer")
-    found = []
+    found: list[dict[str, Any]] = []
     for record in records:
         evidence = _evidence(record, words)
         if evidence:

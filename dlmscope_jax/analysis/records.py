@@ -124,15 +124,20 @@ def records_from_result(result: dict) -> list[FeatureRecord]:
     records = []
     for row in result.get("records", ()):
         try:
-            windows = tuple(Window(**{k: tuple(v) if isinstance(v, list) else v for k, v in w.items()}) for w in row["windows"])
+            windows = tuple(_window(w) for w in row["windows"])
             used = {t for w in windows for t in (*w.tokens, *w.original)}
             used |= {int(t) for side in row["logit_lens"].values() for t, _ in side} | {int(e[0]) for e in row["enriched"]}
             lists = {name: tuple(map(tuple, row[name])) for name in ("enriched", "neighbours")}
-            given = {**row, **lists, "windows": windows, "density_by_rate": tuple(row["density_by_rate"])}
-            records.append(FeatureRecord(**given, pieces={t: pieces[t] for t in sorted(used) if t in pieces}))
+            fields: dict[str, Any] = {**row, **lists, "windows": windows, "density_by_rate": tuple(row["density_by_rate"])}
+            records.append(FeatureRecord(**fields, pieces={t: pieces[t] for t in sorted(used) if t in pieces}))
         except (KeyError, TypeError) as error:
             raise UserError(f"latent {row.get('latent')}: not a feature record of version {VERSION} ({error})") from None
     return records
+
+
+def _window(row: dict[str, Any]) -> Window:
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+    return Window(**fields)
 
 
 def read_records(path: str | Path) -> list[FeatureRecord]:

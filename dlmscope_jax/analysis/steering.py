@@ -130,7 +130,8 @@ def steered_generation(
         raise UserError(f"steered_generation: the prompt has shape {tuple(prompt.shape)}; give one row, [1, P]")
     spec, weights, meta = dictionary
     read, written = canonical_site(meta.site), f"{edit.site}@{int(edit.layer)}"
-    seen, out = set(), {}
+    seen: set[int] = set()
+    out: dict[str, Any] = {}
     for name, edits in (("plain", ()), ("steered", (edit,))):
         trace = generate(model, params, prompt, sampler, key=key, edits=edits)
         history, commit = jnp.asarray(trace.history)[:, 0], jnp.asarray(trace.commit_step)[0]

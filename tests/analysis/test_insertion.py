@@ -146,13 +146,13 @@ def test_masks_are_exact_common_and_independent_of_the_batching(tiny):
     for rate in rates:
         counts = {by(results[0], condition, rate)["tokens"] for condition in CONDITIONS}
         assert counts == {7 * max(1, round(rate * (tiny.length - 1)))}
-        for condition in ("clean", "spliced", "zero", "noise"):
+        for condition in CONDITIONS:
             a, b = (value(result, condition, "loss", rate) for result in results)
             assert a == pytest.approx(b, rel=1e-5)
     other = delta_loss(model, params, dictionary, blocks, rates=rates, seed=1)
     assert value(other, "clean", "loss") != value(results[0], "clean", "loss")
     again = delta_loss(model, params, dictionary, blocks, rates=rates)
-    assert again == results[0]
+    assert again == results[1]
 
 
 def test_noise_has_the_norm_of_this_rows_own_error():
@@ -196,14 +196,14 @@ def test_replacements_by_hand(tiny):
 def test_the_mean_control_is_the_mean_of_each_mask_state(tiny):
     model, params = tiny.model("dlm")
     blocks = tiny.blocks(3, pad=5)
-    source = insertion._Batches(blocks, 3, model.diffusion, jax.random.key(0), True)
+    source = insertion._Batches(blocks, 8, model.diffusion, jax.random.key(0), True)
     means, samples = insertion._calibrate(model, params, source, (0.5,), ("resid_post@1",))
     (batch,) = source.at(0, 0.5)
     tap = np.asarray(insertion._taps(model, params, batch["tokens"], batch["attention"], ("resid_post@1",))["resid_post@1"])
-    masked, real = np.asarray(batch["is_masked"]), blocks.documents >= 0
+    masked, real, tap = np.asarray(batch["is_masked"])[:3], blocks.documents >= 0, tap[:3]
     np.testing.assert_allclose(means["resid_post@1"][1], tap[masked].mean(0), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(means["resid_post@1"][0], tap[real & ~masked].mean(0), rtol=1e-4, atol=1e-5)
-    assert samples["resid_post@1"].shape == (10 * real.sum(), tiny.width)
+    np.testing.assert_array_equal(samples["resid_post@1"], tap[real])
 
 
 def test_loss_recovered_names_its_baseline(tiny):
