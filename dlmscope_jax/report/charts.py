@@ -68,7 +68,8 @@ class _Scale:
             self.ticks = self._signed_ticks()
         else:
             if high - low < 1e-12:
-                low, high = low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1)
+                room = 0.5 * (abs(low) or 1)
+                low, high = (low, high + 2 * room) if axis.low is not None else (low - room, high + room)
             step = _round_step((high - low) / 5, axis.whole)
             self.low = low if axis.low is not None else math.floor(low / step + 1e-9) * step
             self.high = high if axis.high is not None else math.ceil(high / step - 1e-9) * step

@@ -41,13 +41,15 @@ def fidelity(run: Run) -> Section:
     tables = [_table(run, place, [d for d in measured if d.label == place]) for place in places]
     absent = [m.name for m in run.models if not any(d.model == m.name for d in measured)]
     notes = [missing("Not measured for " + ", ".join(absent) + ".")] if absent else []
-    for d in measured:
-        if d.fidelity.get("enough_rows") is False:
-            notes.append(
-                missing(f"{d.name}: fewer than {number(d.fidelity.get('rows_needed_for_dead'))} rows, too few to call a latent dead.")
-            )
-        if d.fidelity.get("forced"):
-            notes.append(missing(f"{d.name}: measured in spite of a mismatch: {'; '.join(d.fidelity['forced'])}."))
+    few = [d for d in measured if d.fidelity.get("enough_rows") is False]
+    if few:
+        needed = number(few[0].fidelity.get("rows_needed_for_dead"))
+        notes.append(missing(f"Fewer than {needed} rows, too few to call a latent dead: {', '.join(d.name for d in few)}."))
+    notes += [
+        missing(f"{d.name}: measured in spite of a mismatch: {'; '.join(d.fidelity['forced'])}.")
+        for d in measured
+        if d.fidelity.get("forced")
+    ]
     said = lead(
         "Reconstruction of held-out rows. Masked and visible rows are those whose own input is, or is not, a mask. Dead latents fired on "
         "none of the n rows of the dictionary's own kind. Brackets are 95 % intervals over documents. Explained variance depends on the "

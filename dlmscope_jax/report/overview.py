@@ -13,15 +13,15 @@ _SIDES = ("train", "dev", "test")
 
 def overview(run: Run) -> Section:
     """Run summary: headline numbers, models, corpus, versions, configuration, times."""
-    parts = [
-        ("Models", _models(run)),
-        ("Times", _times(run)),
-        ("Corpus", _corpus(run)),
-        ("Environment and configuration", _environment(run)),
-    ]
-    grid = el("div", *(el("div", el("h3", title), body) for title, body in parts), class_="halves")
+    about = [("Models", _models(run)), ("Corpus", _corpus(run)), ("Environment and configuration", _environment(run))]
+    left, right = (join(join([el("h3", title), body]) for title, body in parts) for parts in (about, [("Times", _times(run))]))
+    grid = el("div", el("div", left), el("div", right), class_="halves")
     left_out = [el("h3", "Left out"), el("ul", *(el("li", line) for line in run.left_out))] if run.left_out else []
     return Section("summary", "Summary", join([_headline(run), grid, *left_out]))
+
+
+def _four(value: Any) -> str:
+    return fixed(value, 4)
 
 
 def described(model: Model) -> Html:
@@ -43,8 +43,8 @@ def _headline(run: Run) -> Html:
                 fixed(fidelity.get("explained_variance")),
                 fixed(fidelity.get("l0"), 1),
                 percent(fidelity.get("dead_share")),
-                interval(spliced.get("delta"), fixed),
-                interval(spliced.get("kl"), fixed),
+                interval(spliced.get("delta"), _four),
+                interval(spliced.get("kl"), _four),
                 "next token" if rate == 0 else "–" if rate is None else f"rate {tick(rate)}",
             ]
         )

@@ -36,6 +36,7 @@ from dlmscope_jax.errors import UserError
 
 VERSION = 1
 _NAMED = re.compile(r"^(?P<model>.+)/(?P<site>[^/]+?@\d+)(?:_k(?P<k>\d+))?$")
+_SETS = ("all", "masked", "visible", "predicting")
 OBJECTIVES = ("diffusion", "shifted diffusion", "autoregressive")
 
 
@@ -71,7 +72,10 @@ class Dictionary:
         """Fidelity by evaluated set of rows."""
         if self.fidelity is None:
             return {}
-        return self.fidelity.get("sets") or ({"all": self.fidelity} if "explained_variance" in self.fidelity else {})
+        sets = self.fidelity.get("sets") or {}
+        if sets:
+            return {name: sets[name] for name in [*(n for n in _SETS if n in sets), *(n for n in sets if n not in _SETS)]}
+        return {"all": self.fidelity} if "explained_variance" in self.fidelity else {}
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,8 @@ def read_run(run_dir: str | Path) -> Run:
     dictionaries = [_dictionary(name, found) for name, found in parts.items()]
     models = _models(summary, dictionaries)
     order = {model.name: i for i, model in enumerate(models)}
+    dictionaries.sort(key=lambda d: (order[d.model], _layer(d.site), d.site, d.k or 0, d.name))
+    place = {d.name: i for i, d in enumerate(dictionaries)}
     config = path / "config.yaml"
     return Run(
         path=path,
@@ -141,8 +147,8 @@ def read_run(run_dir: str | Path) -> Run:
         summary=summary,
         config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
         models=models,
-        dictionaries=tuple(sorted(dictionaries, key=lambda d: (order[d.model], _layer(d.site), d.site, d.k or 0, d.name))),
-        generations=tuple(generations),
+        dictionaries=tuple(dictionaries),
+        generations=tuple(sorted(generations, key=lambda result: place.get(result["dictionary"], len(place)))),
         left_out=tuple(left_out),
     )
 

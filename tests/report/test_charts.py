@@ -44,6 +44,11 @@ def test_signed_axis_is_odd_linear_inside_and_logarithmic_outside():
     assert 0.0 in scale.ticks and scale.low < -9.9 and scale.high > 9.9
 
 
+def test_a_flat_line_keeps_the_end_that_was_asked_for():
+    scale = _Scale(Axis("x", low=0.0), [0.0, 0.0], 0, 100)
+    assert scale.low == 0 and scale(0) == 0 and scale.high > 0
+
+
 @pytest.mark.parametrize("values", [[], [0.0], [3.0, 3.0], [-2.0], [1e-9, 1e9]])
 @pytest.mark.parametrize("kind", ["linear", "log", "signed_log"])
 def test_every_axis_survives_few_and_extreme_values(kind, values):

@@ -162,7 +162,7 @@ def test_headline_takes_the_reference_rate(page):
     rows = rows_of(page.one("section", identity="summary").one("table"))
     assert [row[-1] for row in rows[1:]] == ["rate 0.45"] * 4 + ["next token"] * 2
     # 0.04 (1.2 - 0.45) for the diffusion model, 0.04 * 1.2 * 1.6 for the autoregressive one, as the run was written
-    assert rows[1][4].startswith("0.030 [") and rows[5][4].startswith("0.077 [")
+    assert rows[1][4].startswith("0.0300 [") and rows[5][4].startswith("0.0768 [")
 
 
 def test_insertion_by_rate_shows_dictionary_and_controls(page):
@@ -263,6 +263,19 @@ def test_dictionaries_are_ordered_by_model_layer_and_k(make_run):
         "pocket-dlm/resid_post@10_k32",
         "pocket-dream/resid_post@9_k32",
     ]
+
+
+def test_sets_and_generations_have_an_order_of_their_own(make_run):
+    folder = make_run(latents=1, windows=1, layers=(2, 4))
+    file = folder / "results" / "fidelity-pocket-dlm-2.json"
+    result = json.loads(file.read_text())
+    result["sets"] = dict(sorted(result["sets"].items(), reverse=True)) | {"odd": {}}
+    file.write_text(json.dumps(result))
+    other = json.loads((folder / "results" / "generation.json").read_text()) | {"dictionary": "pocket-dlm/resid_post@2_k32"}
+    (folder / "results" / "z.json").write_text(json.dumps(other))
+    run = read_run(folder)
+    assert list(run.dictionaries[0].sets) == ["all", "masked", "visible", "odd"]
+    assert [g["dictionary"] for g in run.generations] == ["pocket-dlm/resid_post@2_k32", "pocket-dlm/resid_post@4_k32"]
 
 
 def test_results_of_other_kinds_and_versions_are_named(make_run):
