@@ -1,14 +1,16 @@
 """``train``: one pass over a source, several dictionaries, everything on disk that another process needs to go on."""
 
 import dataclasses
+import functools
 import json
 import logging
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from dlmscope_jax.activations import Corruption
 from dlmscope_jax.config import to_mapping
@@ -75,8 +77,10 @@ def train(
     rows = open_source(source, first.batch_size, first.seed, first.select)
     runs = [_Run(spec, rows, Path(run_dir) / spec.name, meta or {}) for spec in wanted]
     unfinished = [run for run in runs if not run.finished()]
+    # dictionaries of one site, which usually stand together, start from the same sample
+    sample = functools.lru_cache(maxsize=1)(rows.sample)
     for run in unfinished:
-        run.begin(rows)
+        run.begin(sample)
     try:
         _loop(unfinished, rows, first.steps, checkpoint_every, progress)
     finally:
@@ -104,7 +108,7 @@ def _loop(runs: list["_Run"], rows: Source, steps: int, checkpoint_every: int, p
             for run, metrics in found:
                 run.note(step, jax.device_get(metrics))
             if progress is not None:
-                progress.note(" | ".join(run.words for run in runs if run.words))
+                progress.note(_words([run.latest for run in runs if run.latest]))
                 progress.advance()
 
     try:
@@ -145,7 +149,8 @@ class _Run:
         # what makes this training this training; a site's label does not matter where there is only one
         self.identity = {"training": json.loads(json.dumps(to_mapping(spec))), "source": rows.fingerprint}
         self.meta = _meta(spec, self.site, rows.meta, meta, {**self.identity, "rows": spec.steps * spec.batch_size})
-        self.start, self.bad, self.words = 0, 0, ""
+        self.start, self.bad = 0, 0
+        self.latest: tuple[float, float] | None = None  # explained variance and dead share, for the progress line
 
     def finished(self) -> bool:
         """Whether this very training is already saved.
@@ -164,13 +169,13 @@ class _Run:
             )
         return True
 
-    def begin(self, rows: Source) -> None:
+    def begin(self, sample: Callable[[int, int, str], np.ndarray]) -> None:
         """The state of the newest checkpoint, or a fresh one."""
         spec = self.spec
         self.step = make_step(spec)
         found = load_latest(self.folder / _CHECKPOINTS, jax.eval_shape(lambda: init_state(spec)), self.identity)
         if found is None:
-            self.state = init_state(spec, sample=rows.sample(spec.sample_rows, spec.batch_size, self.site))
+            self.state = init_state(spec, sample=sample(spec.sample_rows, spec.batch_size, self.site))
         else:
             self.start, self.state = found
             _log.info("%s goes on from step %d", self.folder, self.start)
@@ -195,8 +200,8 @@ class _Run:
         else:
             self.bad = 0
         means = self.metrics.add(step + 1, values)
-        if means is not None and means["explained_variance"] is not None:
-            self.words = f"{self.spec.name} EV {means['explained_variance']:.3f} dead {100 * (means['dead'] or 0):.1f} %"
+        if means is not None and means["explained_variance"] is not None and means["dead"] is not None:
+            self.latest = means["explained_variance"], means["dead"]
 
     def checkpoint(self, step: int) -> None:
         """Everything so far becomes durable."""
@@ -216,6 +221,15 @@ class _Run:
         """What is saved, read back: what the caller gets is what anybody will load."""
         spec, params, meta = load_dictionary(self.folder)
         return Trained(spec, params, meta, self.folder)
+
+
+def _words(latest: list[tuple[float, float]]) -> str:
+    """How the dictionaries do, in a few words however many they are."""
+    if not latest:
+        return ""
+    low, high, dead = min(ev for ev, _ in latest), max(ev for ev, _ in latest), max(dead for _, dead in latest)
+    several = len(latest) > 1
+    return f"EV {low:.2f}{f' to {high:.2f}' if several else ''}, dead {'at most ' if several else ''}{100 * dead:.1f} %"
 
 
 def _check(specs: list[TrainSpec], checkpoint_every: int) -> None:

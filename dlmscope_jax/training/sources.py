@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from dlmscope_jax.activations import ActivationStore
+from dlmscope_jax.activations import ActivationStore, BatchIterator
 from dlmscope_jax.errors import UserError
+
+from .spec import Select
 
 Batch = dict[str, np.ndarray]
 _HALF_BITS = 2
@@ -51,7 +53,7 @@ class Source:
         raise NotImplementedError
 
 
-def open_source(source: Any, batch_size: int, seed: int, select: str) -> Source:
+def open_source(source: Any, batch_size: int, seed: int, select: Select) -> Source:
     """Recognises a source.
 
     Args:
@@ -79,15 +81,14 @@ def open_source(source: Any, batch_size: int, seed: int, select: str) -> Source:
 
 
 class _StoreSource(Source):
-    def __init__(self, store: ActivationStore, batch_size: int, seed: int, select: str):
-        self._arguments = {"batch_size": batch_size, "seed": seed, "select": select, "columns": ()}
-        self._store = store
+    def __init__(self, store: ActivationStore, batch_size: int, seed: int, select: Select):
+        self._store, self._batch_size, self._seed, self._select = store, batch_size, seed, select
         self.sites, self.meta = store.sites, store.meta
         shards = "".join(f"{s.shard} {s.rows} {s.digest}\n" for s in store.shards)
         self.fingerprint = hashlib.sha256(shards.encode()).hexdigest()
 
-    def batches(self, start_step: int, sites: list[str]) -> Any:
-        return self._store.batches(start_step=start_step, sites=sites, **self._arguments)
+    def batches(self, start_step: int, sites: list[str]) -> BatchIterator:
+        return self._store.batches(self._batch_size, self._seed, start_step, sites, self._select, columns=())
 
     def sample(self, rows: int, batch_size: int, site: str) -> np.ndarray:
         batches = self.batches(0, [site])

@@ -7,6 +7,7 @@ from typing import Literal
 from dlmscope_jax.dictionaries import TopK
 from dlmscope_jax.errors import UserError
 
+Select = Literal["all", "masked", "visible", "predicting"]
 _MOST_WARMUP_STEPS = 1_000
 _MOST_DEAD_ROWS = 10_000_000
 _SHARE = 0.05  # of the run, for warm-up and for calling a latent dead
@@ -44,7 +45,7 @@ class TrainSpec:
     dictionary: TopK
     steps: int
     site: str | None = None
-    select: Literal["all", "masked", "visible", "predicting"] = "all"
+    select: Select = "all"
     batch_size: int = 2048
     lr: float | None = None
     warmup_steps: int | None = None
