@@ -193,15 +193,15 @@ def model_identity(model: Transformer, params: dict) -> str:
     Activations and dictionaries carry it, so that they are not used on another model by mistake.
     """
     digest = hashlib.sha256(repr((model.config, model.diffusion)).encode())
-
-    @jax.jit
-    def summary(tree: Any) -> Any:
-        # weights rounded to bfloat16 first: the same model loaded in either dtype has the same identity
-        bits = lambda leaf: jax.lax.bitcast_convert_type(leaf.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)  # noqa: E731
-        ramp = lambda leaf: jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, leaf.ndim - 1) * jnp.uint32(2654435761) + jnp.uint32(1)  # noqa: E731
-        return jax.tree.map(lambda leaf: (bits(leaf) * ramp(leaf)).sum(axis=tuple(range(1, leaf.ndim)), dtype=jnp.uint32), tree)
-
-    for path, leaf in jax.tree.leaves_with_path(summary(params["params"])):
+    for path, leaf in jax.tree.leaves_with_path(_summary(params["params"])):
         digest.update(jax.tree_util.keystr(path).encode())
         digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()[:16]
+
+
+@jax.jit
+def _summary(tree: Any) -> Any:
+    """A weighted sum of the bits of every row of every weight, rounded to bfloat16 first: either dtype gives the same."""
+    bits = lambda leaf: jax.lax.bitcast_convert_type(leaf.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)  # noqa: E731
+    ramp = lambda leaf: jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, leaf.ndim - 1) * jnp.uint32(2654435761) + jnp.uint32(1)  # noqa: E731
+    return jax.tree.map(lambda leaf: (bits(leaf) * ramp(leaf)).sum(axis=tuple(range(1, leaf.ndim)), dtype=jnp.uint32), tree)
