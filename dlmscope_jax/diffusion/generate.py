@@ -239,4 +239,11 @@ def _check_values(model: Any, prompt: Array, attention_mask: Array | None) -> bo
         real = np.asarray(attention_mask)
         if (real[:, 1:] < real[:, :-1]).any() or not real[:, -1].all():
             raise UserError("generate: prompts are padded on the left: each row of attention_mask must be False first, then True")
-    return model.diffusion is not None and bool((values == model.diffusion.mask_id).any())
+    if model.diffusion is None:
+        return False
+    masks = values == model.diffusion.mask_id
+    if model.diffusion.shift:
+        first = 0 if attention_mask is None else np.asarray(attention_mask).argmax(axis=1)
+        if masks[np.arange(len(masks)), first].any():
+            raise UserError("generate: the prompt begins with the mask, and this model predicts a token from the one before it")
+    return bool(masks.any())

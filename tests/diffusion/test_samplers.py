@@ -109,7 +109,7 @@ def _prompts(seed, rows, length, masks=0):
     """Prompts of different lengths, padded on the left, with the mask of real tokens; ``masks`` of them unknown."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(4, 23, size=(rows, length)).astype(np.int32)
-    keep = np.arange(length)[None] >= rng.integers(0, length - 1, size=(rows, 1))
+    keep = np.arange(length)[None] >= rng.integers(0, length - 3, size=(rows, 1))
     keep[0] = True
     tokens = np.where(keep, tokens, 2).astype(np.int32)
     for row in range(rows):
