@@ -205,8 +205,9 @@ _NOUNS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "
 def _describe(value: Any) -> str:
     if value is None:
         return "empty"
-    kind = {dict: "a section", list: "a list", tuple: "a list"}.get(type(value)) or _NOUNS.get(type(value), type(value).__name__)
-    return f"{value!r} is {kind}" if type(value) in (bool, int, float, str) else kind
+    kind: Any = type(value)
+    noun = {dict: "a section", list: "a list", tuple: "a list"}.get(kind) or _NOUNS.get(kind, kind.__name__)
+    return f"{value!r} is {noun}" if kind in (bool, int, float, str) else noun
 
 
 def _plain(value: Any) -> Any:

@@ -36,7 +36,7 @@ def record_features(work: Work, name: str, key: str, dictionary: Dictionary, inp
     with Progress(f"records {key}", total=2 * store.rows, unit="rows") as bar:
         counted = firing(dictionary, store, progress=bar.advance)
         records = collect_records(
-            model, params, dictionary, store, work.tokenizer(name), latents=stratified(counted, run.report.latents, run.seed),
+            model, params, dictionary, store, work.tokenizer(name), latents=stratified(counted, run.report.latents, run.seed).tolist(),
             documents=names, counted=counted, seed=run.seed, progress=bar.advance,
         )  # fmt: skip
     about = {

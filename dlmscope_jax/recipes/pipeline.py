@@ -29,7 +29,7 @@ from dlmscope_jax.training import train as train_dictionaries
 
 from .configs import Run
 from .features import record_features, steer_one
-from .work import Work, say
+from .work import SIDES, Work, say
 
 Dictionaries = dict[str, tuple[Any, Any, Any]]  # folder below dictionaries/ -> (spec, params, meta)
 
@@ -75,18 +75,20 @@ def harvest_model(work: Work, name: str) -> None:
     policy = wanted.policy if model.diffusion is not None else "clean"
     corruption = Corruption(policy, wanted.low, wanted.high) if policy != "clean" else Corruption("clean")
     tokenizer = work.tokenizer(name)
-    for side, rows in (("train", wanted.train_rows), ("test", wanted.test_rows)):
+    for side in SIDES:
         if run.released and side == "train":
             continue
+        rows = wanted.train_rows if side == "train" else wanted.test_rows
         with work.stage(f"harvest {side} rows of", name) as stage:
             blocks = work.some_blocks(name, side, rows, repeat=side == "train")
             stage.rows = rows_of(blocks)
             stage.reused = _is_complete(work, name, side)
             label = f"harvest {side} {work.labels[name]}"
-            with nullcontext() if stage.reused else Progress(label, total=stage.rows, unit="rows") as bar:
+            bar = Progress(label, total=stage.rows, unit="rows")
+            with nullcontext() if stage.reused else bar:
                 harvest_rows(
                     model, params, blocks, work.store_url(name, side), wanted.sites, corruption, seed=run.seed,
-                    batch_size=wanted.batch_size, progress=bar and bar.advance, meta={"model": name, "tokenizer": tokenizer.digest},
+                    batch_size=wanted.batch_size, progress=bar.advance, meta={"model": name, "tokenizer": tokenizer.digest},
                 )  # fmt: skip
             if stage.reused:
                 say(f"{label}: {stage.rows:,} rows are there")
@@ -136,26 +138,26 @@ def evaluate_model(work: Work, name: str) -> None:
         scored = {key: {**about, "dictionary": mark, "blocks": wanted.blocks, "rates": rates} for key, mark in marks.items()}
         missing = {key: found[key] for key in found if work.read("delta_loss", key, scored[key]) is None}
         stage.reused = not missing
-        if missing:
-            blocks, calibration = (
-                work.some_blocks(name, side, wanted.blocks * run.data.block_length, purpose=1).take(slice(wanted.blocks))
-                for side in ("test", "train")
+        for positions in sorted({_replaced_at(dictionary) for dictionary in missing.values()}):
+            together = {key: dictionary for key, dictionary in missing.items() if _replaced_at(dictionary) == positions}
+            calibration, blocks = (
+                work.some_blocks(name, side, wanted.blocks * run.data.block_length, purpose=1).take(slice(wanted.blocks)) for side in SIDES
             )
             with Progress(f"insertion {work.labels[name]}", total=len(rates or (0,)) * len(blocks), unit="blocks") as bar:
                 results = delta_losses(
-                    model, params, missing, blocks, rates=rates, seed=run.seed, batch_size=wanted.batch_size,
-                    calibration=calibration, progress=bar.advance,
+                    model, params, together, blocks, rates=rates, seed=run.seed, batch_size=wanted.batch_size,
+                    positions=positions, calibration=calibration, progress=bar.advance,
                 )  # fmt: skip
             for key, result in results.items():
                 work.write("delta_loss", key, scored[key], result)
     with work.stage("record latents of", name) as stage:
-        inputs = {key: {**about, "dictionary": mark, "store": store.meta} for key, mark in marks.items()}
         stage.reused = True
         for key, dictionary in found.items():
-            recorded, new = record_features(work, name, key, dictionary, inputs[key])
+            inputs = {**about, "dictionary": marks[key], "store": store.meta}
+            recorded, new = record_features(work, name, key, dictionary, inputs)
             stage.reused &= not new
         # the last one: one generation a model is for show
-        stage.reused &= not steer_one(work, name, key, dictionary, recorded, inputs[key])
+        stage.reused &= not steer_one(work, name, key, dictionary, recorded, inputs)
     _describe(work, name)
 
 
@@ -184,6 +186,12 @@ def dictionaries_of(work: Work, name: str) -> Dictionaries:
                 raise UserError(f"{folder}: no such dictionary; train it first, with dlmscope train and the same config")
             found[f"{label}/{site}_k{k}"] = load_dictionary(folder)
     return found
+
+
+def _replaced_at(dictionary: tuple[Any, Any, Any]) -> str:
+    """Where a dictionary is inserted: at the mask state that it was trained on, everywhere if that is no one state."""
+    select = dictionary[2].select
+    return select if select in ("masked", "visible") else "all"
 
 
 def _sites(run: Run) -> list[str]:
@@ -218,7 +226,7 @@ def _describe(work: Work, name: str) -> None:
         "vocab_size": shape.vocab_size, "widths": {site: site_width(site, shape) for site in _sites(run)},
     }  # fmt: skip
     sides = {}
-    for side in ("train", "test"):
+    for side in SIDES:
         if _is_complete(work, name, side):
             store = ActivationStore.open(work.store_url(name, side))
             sides[side] = {"blocks": store.meta["blocks"]["count"], "rows": store.rows}

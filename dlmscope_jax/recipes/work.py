@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,7 +21,8 @@ from dlmscope_jax.models import load_model
 
 from .configs import Run
 
-SIDES = ("train", "test")
+Side = Literal["train", "test"]
+SIDES: tuple[Side, ...] = ("train", "test")
 
 
 class Work:
@@ -59,7 +60,7 @@ class Work:
         """A model's tokenizer."""
         return load_tokenizer(name)
 
-    def blocks(self, name: str, side: str) -> Blocks:
+    def blocks(self, name: str, side: Side) -> Blocks:
         """All blocks of one side of the run's text, in a model's tokens."""
         tokenizer, data = self.tokenizer(name), self.run.data
         if (tokenizer.digest, side) not in self._blocks:
@@ -76,7 +77,7 @@ class Work:
             self._blocks[tokenizer.digest, side] = found
         return self._blocks[tokenizer.digest, side]
 
-    def some_blocks(self, name: str, side: str, rows: int, purpose: int = 0, repeat: bool = False) -> Blocks:
+    def some_blocks(self, name: str, side: Side, rows: int, purpose: int = 0, repeat: bool = False) -> Blocks:
         """A random choice of blocks with at least so many tokens; all of them where there are fewer and ``repeat`` is off."""
         blocks = self.blocks(name, side)
         order = np.random.default_rng([self.run.seed, SIDES.index(side), purpose]).permutation(len(blocks))
@@ -121,12 +122,11 @@ class Work:
     def note(self, **entries: Any) -> None:
         """Adds to ``results/run.json``, the run's summary. Lists are of mappings, one for each ``name`` or ``stage``."""
         path = self.folder / "results" / "run.json"
-        summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"kind": "run", "version": 1}
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"kind": "run", "version": 1}
         for key, value in entries.items():
             if isinstance(value, list):
-                new = {entry.get("name", entry.get("stage")): entry for entry in value}
-                old = {entry.get("name", entry.get("stage")): entry for entry in summary.get(key, [])}
-                value = list((old | new).values())
+                entries_of = {entry.get("name", entry.get("stage")): entry for entry in [*summary.get(key, []), *value]}
+                value = list(entries_of.values())
             summary[key] = value
         write_whole(path, json.dumps(summary, indent=1))
 
