@@ -1,5 +1,6 @@
 """What the models lose with a dictionary in place of their activations, beside what the controls cost."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from .charts import Axis, Point, Row, Series, dot_plot, legend, line_plot, side_by_side
@@ -18,9 +19,10 @@ _CONDITIONS = {
     "mean": ("mean by mask state", 5, 3, 3),
     "zero": ("zero", 6, 4, 4),
 }
+_LINEAR_WITHIN = 0.1
 # title, axis, its scale, and what the scale is called
 _QUANTITIES = {
-    "delta": ("Δloss", "Δloss, nats a scored token", "signed_log", "axis linear within ±0.1, logarithmic beyond"),
+    "delta": ("Δloss", "Δloss, nats a scored token", "signed_log", f"axis linear within ±{_LINEAR_WITHIN}, logarithmic beyond"),
     "kl": ("KL(clean ∥ replaced)", "KL, nats a scored token", "log", "logarithmic axis"),
     "top1": ("Top-1 agreement", "share of scored tokens", "linear", "the same most likely token as the clean model"),
 }
@@ -104,21 +106,24 @@ def _overview(run: Run, measured: list[Dictionary]) -> list[Html]:
         else "Next tokens of clean text."
     )
     plots = []
-    for key, (title, _, scale, note) in _QUANTITIES.items():
+    for key, (title, _, scale, _) in _QUANTITIES.items():
         rows = []
         for d in measured:
             rate = reference_rate(d)
             found = {i: _point(0, (_row(d, c, rate) or {}).get(key), scale) for i, c in enumerate(conditions)}
             rows.append(Row(d.label, {i: p for i, p in found.items() if p is not None}, group=d.model))
-        plots.append(dot_plot(title, rows, series, _axis(key), note=note, keys=False))
+        axis, note = _axis(key, [p for row in rows for p in row.points.values()])
+        plots.append(dot_plot(title, rows, series, axis, note=note, keys=False))
     return [el("p", said, class_="said"), side_by_side(plots, large=True)]
 
 
-def _axis(key: str) -> Axis:
-    _, label, scale, _ = _QUANTITIES[key]
-    if scale == "signed_log":
-        return Axis(label, scale, linear_within=0.1)
-    return Axis(label, scale, low=0.0 if key == "top1" else None, high=1.0 if key == "top1" else None)
+def _axis(key: str, points: Iterable[Point]) -> tuple[Axis, str]:
+    """The axis of a quantity and what its scale is called; Δloss is drawn linearly where all of it is small."""
+    _, label, scale, note = _QUANTITIES[key]
+    if scale == "signed_log" and all(abs(p.y or 0) <= _LINEAR_WITHIN for p in points):
+        return Axis(label), "linear axis"
+    ends = (0.0, 1.0) if key == "top1" else (None, None)
+    return Axis(label, scale, *ends, linear_within=_LINEAR_WITHIN), note
 
 
 def legend_of_conditions(dictionaries: list[Dictionary], lines: bool = True) -> Html:
@@ -133,7 +138,8 @@ def _by_rate(d: Dictionary, key: str) -> Html:
         points = [_point(rate, (_row(d, condition, rate) or {}).get(key), scale) for rate in d.insertion["rates"]]
         series.append(_named(condition, tuple(p for p in points if p is not None)))
     x = Axis("corruption rate", low=0.0, high=1.0, form=tick)
-    return line_plot(title, series, x, _axis(key), keys=False, size=(340, 230))
+    axis, note = _axis(key, [p for s in series for p in s.points])
+    return line_plot(title, series, x, axis, note=note, keys=False, size=(340, 230))
 
 
 def _recovered(measured: list[Dictionary]) -> Html:

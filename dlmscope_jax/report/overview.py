@@ -62,10 +62,11 @@ def _models(run: Run) -> Html:
     rows = []
     for model in run.models:
         f = model.facts
-        kind = ", ".join(str(part) for part in (f.get("family"), model.objective) if part)
+        weights = f"weights {str(f['identity'])[:8]}" if f.get("identity") else None
+        kind = ", ".join(str(part) for part in (f.get("family"), model.objective, weights) if part)
         cells = [number(f.get(key)) for key in ("parameters", "n_layers", "d_model", "vocab_size")]
-        rows.append([join([model.name, el("small", kind, class_="kind")]), *cells, el("code", str(f.get("identity") or "–")[:8])])
-    return table(["Model", "Parameters", "Layers", "Width", "Vocabulary", "Weights"], rows)
+        rows.append([join([model.name, el("small", kind, class_="kind")]), *cells])
+    return table(["Model", "Parameters", "Layers", "Width", "Vocabulary"], rows)
 
 
 def _corpus(run: Run) -> Html:

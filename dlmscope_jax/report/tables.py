@@ -45,7 +45,10 @@ def percent(value: Any, digits: int = 2) -> str:
 
 def tick(value: float) -> str:
     """A round number, as short as it can be."""
-    return f"{value:,.10g}".replace("-", "−") if 1e-4 <= abs(value) < 1e7 or not value else number(value, 1)
+    if value and not 1e-3 <= abs(value) < 1e7:
+        mantissa, power = f"{value:.1e}".split("e")
+        return f"{mantissa.removesuffix('.0')}e{int(power)}".replace("-", "−")
+    return f"{value:,.10g}".replace("-", "−")
 
 
 def percent_tick(value: float) -> str:

@@ -175,6 +175,20 @@ def test_insertion_by_rate_shows_dictionary_and_controls(page):
     assert any(cell.startswith("−") for row in negative for cell in row), "a loss that falls is shown as such"
 
 
+def test_small_losses_are_drawn_on_a_linear_axis(make_run):
+    folder = make_run(latents=1, windows=1, steps=5, layers=(2,))
+    notes = {}
+    for factor in (1.0, 1e-3):
+        for file in (folder / "results").glob("delta-loss-*.json"):
+            result = json.loads(file.read_text())
+            for row in result["rows"]:
+                row["delta"] = {key: value * factor if key in ("value", "low", "high") else value for key, value in row["delta"].items()}
+            file.write_text(json.dumps(result))
+        section = parsed(report(folder)).one("section", identity="insertion")
+        notes[factor] = {f.one("span", "note").text for f in section.all("figure") if f.one("strong").text == "Δloss"}
+    assert notes == {1.0: {"axis linear within ±0.1, logarithmic beyond"}, 1e-3: {"linear axis"}}
+
+
 def test_without_a_script_latents_and_steps_are_there(page, whole):
     run = read_run(whole[0])
     articles = list(page.all("article"))

@@ -37,7 +37,7 @@ def test_shares():
 
 
 def test_ticks_are_short():
-    assert [tick(v) for v in (0.2, 1.0, -0.1, 1e-6, 250.0, 0.0)] == ["0.2", "1", "−0.1", "1e−6", "250", "0"]
+    assert [tick(v) for v in (0.2, 1.0, -0.1, 1e-4, 250.0, 0.0)] == ["0.2", "1", "−0.1", "1e−4", "250", "0"]
 
 
 def test_intervals_without_bounds_are_a_value():
