@@ -148,7 +148,7 @@ def line_plot(
     ys = [v for s in series for p in s.points for v in (p.y, p.low, p.high) if v is not None]
     across, up = _Scale(x, xs, left, width - right), _Scale(y, ys, height - bottom, top)
     drawn = [_frame(across, up, (left, width - right, top, height - bottom))]
-    for s in series:
+    for s in sorted(series, key=lambda s: s.strong):  # what matters most lies on top
         drawn.append(el("g", *_line(s, across, up, y.form, x), class_=_class(s)))
     described = f"{title}: {y.label} by {x.label}; " + "; ".join(_range(s, y.form) for s in series)
     return figure(title, _svg(described, size, drawn), _by_x(series, x, y), legend(series) if keys and len(series) > 1 else None, note)
@@ -209,7 +209,7 @@ def dot_plot(title: str, rows: Sequence[Row], series: Sequence[Series], x: Axis,
     for row, y in zip(rows, tops, strict=True):
         drawn.append(el("text", row.name, x=left - 10, y=y + 4, text_anchor="end"))
         drawn.append(el("line", x1=left, x2=width - right, y1=y, y2=y, class_="g"))
-        for i, p in row.points.items():
+        for i, p in sorted(row.points.items(), key=lambda item: series[item[0]].strong):
             if p.y is None:
                 continue
             s = series[i]
