@@ -1,5 +1,6 @@
 """What every test runs under: no slow or torch tests unless wanted, strict dtypes where the mathematics is, one compile cache."""
 
+import inspect
 import os
 import re
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,6 +33,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the slow tests too")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--no-torch"):
+        sys.modules["torch"] = None  # type: ignore[assignment]  # an import fails as it does where torch is not installed
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Without torch, a file that imports it cannot even be read."""
     if config.getoption("--no-torch") and collection_path.suffix == ".py" and _IMPORTS_TORCH.search(collection_path.read_text()):
@@ -42,7 +49,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     wanted, unwanted = [], []
     for item in items:
-        if item.get_closest_marker("torch") and config.getoption("--no-torch"):
+        if _compares_with_torch(item) and config.getoption("--no-torch"):
             _left_out["torch"] += 1
             unwanted.append(item)
         elif item.get_closest_marker("slow") and not config.getoption("--full"):
@@ -53,6 +60,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if unwanted:
         config.hook.pytest_deselected(items=unwanted)
         items[:] = wanted
+
+
+def _compares_with_torch(item: pytest.Item) -> bool:
+    function = getattr(item, "function", None)
+    return bool(item.get_closest_marker("torch")) or (function is not None and 'importorskip("torch")' in inspect.getsource(function))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # a worker of xdist: only the controller speaks to the terminal
+        session.config.workeroutput["left_out"] = _left_out
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: Any) -> None:
+    _left_out.update(getattr(node, "workeroutput", {}).get("left_out", {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

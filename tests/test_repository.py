@@ -210,6 +210,7 @@ def test_the_no_torch_option_says_what_it_left_out(tmp_path):
         def test_b(): pass
         @pytest.mark.torch
         def test_c(): raise SystemError
+        def test_e(): pytest.importorskip("torch"); raise SystemError
         @pytest.mark.slow
         def test_d(): raise SystemError
         @pytest.mark.xfail(strict=True, raises=UserWarning)
@@ -218,8 +219,8 @@ def test_the_no_torch_option_says_what_it_left_out(tmp_path):
     )
     done = run(sys.executable, "-m", "pytest", "--no-torch", "-p", "no:cacheprovider", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "--no-torch: left out what compares with torch (2 tests or files)" in done.stdout
-    assert "left out 1 slow test" in done.stdout and "1 passed, 2 deselected, 1 xfailed" in done.stdout
+    assert "--no-torch: left out what compares with torch (3 tests or files)" in done.stdout
+    assert "left out 1 slow test" in done.stdout and "1 passed, 3 deselected, 1 xfailed" in done.stdout
 
 
 @pytest.mark.parametrize("folder", ["dictionaries", "kernels", "models", "analysis"])
