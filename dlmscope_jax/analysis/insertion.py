@@ -85,6 +85,10 @@ def delta_losses(
         raise UserError("delta_loss: an autoregressive model reads no masks: positions must be 'all' or 'visible'")
     if len(blocks.tokens) == 0:
         raise UserError("delta_loss: no blocks to score; the test side is empty")
+    for given in (blocks, calibration):
+        if given is not None and (np.min(given.tokens) < 0 or np.max(given.tokens) >= model.config.vocab_size):
+            ids = f"ids 0 to {model.config.vocab_size - 1}"
+            raise UserError(f"delta_loss: the blocks hold token {np.max(given.tokens)}, the model has {ids}: give blocks of its tokenizer")
     identity = model_identity(model, params)
     forced = {name: check_match(d, model=model, identity=identity, force=force) for name, d in dictionaries.items()}
     dictionaries = {name: raw(dictionary) for name, dictionary in dictionaries.items()}
@@ -104,12 +108,13 @@ def delta_losses(
         for batch in batches.at(r, rate):
             taps = _taps(model, params, batch["tokens"], batch["attention"], collect)
             keys = block_keys(noise_key, r, jnp.asarray(batch["block"]))
+            where = {"all": jnp.ones_like, "masked": jnp.asarray, "visible": jnp.logical_not}[positions](batch["is_masked"])
             for name, (spec, weights, _) in dictionaries.items():
                 plan = plans[name]
                 hidden, size = _conditions(
-                    plan.model, spec, plan.edit_site, positions, plan.params, weights, untrained[name],
+                    plan.model, spec, plan.edit_site, plan.params, weights, untrained[name],
                     batch["tokens"] if plan.reads_tokens else jnp.zeros_like(batch["tokens"]), batch["attention"],
-                    taps.get(plan.entry), taps[plan.site], batch["is_masked"], means[plan.site], keys,
+                    taps.get(plan.entry), taps[plan.site], batch["is_masked"], means[plan.site], keys, where,
                 )  # fmt: skip
                 scores = _score(model, params, hidden, batch["targets"], batch["scored"])
                 tallies[name].add(r, batch, *(np.asarray(a) for a in (*scores, size)))
@@ -237,12 +242,11 @@ def _taps(model: Any, params: dict, tokens: Array, attention: Array | None, coll
     return {f"{name}@{layer}": value for name, layers in taps.items() for layer, value in layers.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("model", "spec", "site", "positions"))
+@functools.partial(jax.jit, static_argnames=("model", "spec", "site"))
 def _conditions(
     model: Any,
     spec: Any,
     site: str | None,
-    positions: str,
     params: dict,
     weights: Any,
     untrained: Any,
@@ -253,9 +257,9 @@ def _conditions(
     is_masked: Bool[Array, "B T"],
     means: Float[Array, "2 D"],
     keys: Array,
+    where: Bool[Array, "B T"],
 ) -> tuple[Float[Array, "C B T D"], Float[Array, "C B T"]]:
     """What the head reads under every condition, and each row's ``||value - x|| / ||x||``."""
-    where = {"all": jnp.ones_like(is_masked), "masked": is_masked, "visible": ~is_masked}[positions]
     values = replacements(spec, weights, untrained, x, is_masked, means, keys, where)
 
     def run(value: Array) -> Array:

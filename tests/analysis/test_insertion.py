@@ -256,7 +256,7 @@ def test_new_values_do_not_compile_again(tiny):
     delta_loss(model, params, tiny.topk("resid_post@1"), blocks, rates=(0.3, 0.6))
     programs = [insertion._taps, insertion._conditions, insertion._score, insertion._corrupted]
     before = [program._cache_size() for program in programs]
-    delta_loss(model, params, tiny.topk("resid_post@1", seed=8), blocks, rates=(0.1, 0.9), batch_size=4, seed=3)
+    delta_loss(model, params, tiny.topk("resid_post@1", seed=8), blocks, rates=(0.1, 0.9), seed=3, positions="masked")
     assert [program._cache_size() for program in programs] == before
 
 
@@ -276,6 +276,8 @@ def test_mistakes_and_mismatches(tiny):
         delta_loss(model, params, good, blocks, positions="sometimes")
     with pytest.raises(UserError, match="no blocks"):
         delta_loss(model, params, good, blocks.take(slice(0, 0)))
+    with pytest.raises(UserError, match="ids 0 to 22"):
+        delta_loss(model, params, good, dataclasses.replace(blocks, tokens=blocks.tokens + 9))
     with pytest.raises(UserError, match="layers 0 to 2"):
         delta_loss(model, params, tiny.topk("resid_post@7"), blocks)
     with pytest.raises(UserError, match="width 16"):
