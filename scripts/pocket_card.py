@@ -2,6 +2,7 @@
 
     python scripts/pocket_card.py --work build/pocket                # all three, into the package
     python scripts/pocket_card.py --work build/pocket --only export  # the folders alone, without measuring
+    python scripts/pocket_card.py --seed 1 --out build/pocket-1      # another set, elsewhere
 
 Every number of a card is printed by this script. The corpus hashes go to ``dlmscope_jax/pocket/corpus.json``.
 """
@@ -14,59 +15,70 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from train_pocket import BATCH, MASK, SHAPE, STEPS, load_tree, pocket_model
+from train_pocket import BATCH, MASK, PEAK, SHAPE, STEPS, load_tree, pocket_model
 
 import dlmscope_jax
-from dlmscope_jax.data import builtin_blocks, builtin_documents, load_tokenizer, manifest, synthetic_blocks
+from dlmscope_jax.data import Blocks, builtin_blocks, builtin_documents, load_tokenizer, manifest, synthetic_blocks
 from dlmscope_jax.diffusion import align_logits, corrupt, elbo, token_loss
 from dlmscope_jax.models import init_params, load_model, save_model
 
-POCKET = Path(dlmscope_jax.__file__).parent / "pocket"
+PACKAGE = Path(dlmscope_jax.__file__).parent / "pocket"
 RATES = [round(0.05 + 0.1 * i, 2) for i in range(10)]
 BLOCKS = 96  # test blocks of the loss tables
 SYNTHETIC = 48  # synthetic test blocks of the accuracy table
 DISTANCES = 4  # farther neighbours than this count as this far
+PRIORS = (3.0, 10.0, 30.0, 100.0)  # pseudo-counts of the count models, of which dev chooses
 
 
-def neighbour_counts(tokens: np.ndarray) -> list[np.ndarray]:
-    """``counts[d - 1][a, b]``: how often b stands d positions after a."""
+def neighbour_counts(tokens: np.ndarray, keep: np.ndarray) -> list[np.ndarray]:
+    """``counts[d - 1][a, b]``: how often b stands d positions after a, both real tokens."""
     counts = [np.zeros((SHAPE.vocab_size,) * 2, np.float32) for _ in range(DISTANCES)]
     for d, table in enumerate(counts, start=1):
-        np.add.at(table, (tokens[:, :-d].ravel(), tokens[:, d:].ravel()), 1)
+        real = keep[:, :-d] & keep[:, d:]
+        np.add.at(table, (tokens[:, :-d][real], tokens[:, d:][real]), 1)
     return counts
 
 
 class Baselines:
     """Count models of the train side; smoothing and weights are chosen on dev."""
 
-    def __init__(self, train: np.ndarray, dev: np.ndarray):
-        self.unigram = np.log((np.bincount(train.ravel(), minlength=SHAPE.vocab_size) + 1.0) / (train.size + SHAPE.vocab_size))
-        self.counts = neighbour_counts(train)
-        self.prior = 30.0  # pseudo-counts, spread as the unigram is
+    def __init__(self, train: Blocks, dev: Blocks):
+        keep = train.documents >= 0
+        scored = train.tokens[:, 1:][keep[:, 1:]]  # the first token of a block is never scored
+        self.unigram = np.log((np.bincount(scored, minlength=SHAPE.vocab_size) + 1.0) / (scored.size + SHAPE.vocab_size))
+        self.counts = neighbour_counts(train.tokens, keep)
+        self.prior, self.weight = 30.0, 1.0
+        keep = dev.documents >= 0
         rng = np.random.default_rng(0)
-        masked = rng.random(dev.shape) < rng.random((len(dev), 1))
+        masked = keep & (rng.random(keep.shape) < rng.random((len(keep), 1)))
         masked[:, 0] = False
-        self.weight = 1.0
-        losses = {w: self.masked(dev, masked, weight=w) for w in (0.5, 0.7, 0.85, 1.0)}
-        self.weight = min(losses, key=losses.get)
 
-    def given(self, distance: int, neighbour: np.ndarray, left: bool) -> np.ndarray:
-        """log p(token | neighbour at this distance to the left or to the right), [n, V]."""
+        def loss(**setting: float) -> float:
+            vars(self).update(setting)
+            return self.masked(dev.tokens, masked)
+
+        bigram_prior = {prior: self.bigram(dev.tokens, keep, prior) for prior in PRIORS}
+        self.bigram_prior = min(bigram_prior, key=bigram_prior.get)
+        grid = {(prior, weight): loss(prior=prior, weight=weight) for prior in PRIORS for weight in (0.6, 0.8, 1.0)}
+        self.prior, self.weight = min(grid, key=grid.get)
+
+    def given(self, distance: int, neighbour: np.ndarray, left: bool, prior: float) -> np.ndarray:
+        """log p(token | neighbour at this distance to the left or right), [n, V]; ``prior`` pseudo-counts are spread as the unigram is."""
         table = self.counts[min(distance, DISTANCES) - 1]
-        rows = (table[neighbour] if left else table[:, neighbour].T) + self.prior * np.exp(self.unigram)
+        rows = (table[neighbour] if left else table[:, neighbour].T) + prior * np.exp(self.unigram)
         return np.log(rows / rows.sum(axis=1, keepdims=True))
 
-    def bigram(self, tokens: np.ndarray, keep: np.ndarray) -> float:
+    def bigram(self, tokens: np.ndarray, keep: np.ndarray, prior: float | None = None) -> float:
         """Nats a token of the next-token bigram."""
+        prior = self.bigram_prior if prior is None else prior
         total = 0.0
         for row, real in zip(tokens, keep, strict=True):
-            logp = self.given(1, row[:-1], left=True)[np.arange(len(row) - 1), row[1:]]
+            logp = self.given(1, row[:-1], True, prior)[np.arange(len(row) - 1), row[1:]]
             total -= logp[real[1:] & real[:-1]].sum()
         return total / (keep[:, 1:] & keep[:, :-1]).sum()
 
-    def masked(self, tokens: np.ndarray, masked: np.ndarray, weight: float | None = None) -> float:
+    def masked(self, tokens: np.ndarray, masked: np.ndarray) -> float:
         """Nats a masked token of the model of the nearest visible token on either side (a weighted product of the two)."""
-        weight = self.weight if weight is None else weight
         total = 0.0
         for row, hidden in zip(tokens, masked, strict=True):
             seen = np.flatnonzero(~hidden)
@@ -80,7 +92,7 @@ class Baselines:
                 distance = np.minimum(np.abs(at - position), DISTANCES)
                 for d in range(1, DISTANCES + 1):
                     chosen = exists & (distance == d)
-                    logp[chosen] += weight * (self.given(d, row[position[chosen]], left) - self.unigram)
+                    logp[chosen] += self.weight * (self.given(d, row[position[chosen]], left, self.prior) - self.unigram)
             logp -= np.logaddexp.reduce(logp, axis=1, keepdims=True)
             total -= logp[np.arange(len(at)), row[at]].sum()
         return total / masked.sum()
@@ -130,9 +142,9 @@ def synthetic_accuracy(model, params, tokenizer) -> dict[str, dict]:
     return {name: cell | {"accuracy": cell["right"] / cell["answers"]} for name, cell in sorted(table.items())}
 
 
-def measure(name: str, work: Path, seed: int, baselines: Baselines, test, tokenizer) -> dict:
+def measure(name: str, out: Path, work: Path, seed: int, baselines: Baselines, test, tokenizer) -> dict:
     """Everything that the card of one model says."""
-    model, params = load_model(POCKET / name)
+    model, params = load_model(out / name)
     rows = np.random.default_rng(1).permutation(len(test))[:BLOCKS]
     tokens, keep = test.tokens[rows], test.documents[rows] >= 0
     log = [json.loads(line) for line in (work / f"{name}-{seed}" / "log.jsonl").read_text().splitlines()]
@@ -160,9 +172,14 @@ KINDS = {
     "pocket-ar": "An autoregressive language model in Llama's layout, the twin of pocket-dlm.",
     "pocket-dream": "A masked diffusion language model in Dream's layout (bidirectional, shifted by one): pocket-ar, trained on.",
 }
+STARTS = {
+    "pocket-dlm": "random, but for two heads of every layer that begin at the left and the right neighbour (pocket-ar has none)",
+    "pocket-ar": "random",
+    "pocket-dream": f"pocket-ar's parameters after its {STEPS['pocket-ar']:,} steps, with zero query, key and value biases",
+}
 
 
-def write_card(card: dict) -> None:
+def write_card(card: dict, out: Path) -> None:
     """README.md and card.json of one model."""
     name = card["model"]
     lines = [f"# {name}", "", KINDS[name], ""]
@@ -170,10 +187,8 @@ def write_card(card: dict) -> None:
     lines += [f"{card['parameters']:,} parameters, {shape}."]
     lines += ["Trained by `scripts/train_pocket.py` on the train side of the built-in corpus (the standard library sources and pydoc"]
     lines += ["topics that `../corpus.json` lists, ten percent seeded synthetic blocks); measured by `scripts/pocket_card.py` on its"]
-    lines += [
-        f"test side. Seed {card['seed']}, {card['steps']:,} steps of {card['tokens_per_step']:,} tokens; parameters at the best dev loss.",
-        "",
-    ]
+    lines += [f"test side. Seed {card['seed']}, {card['steps']:,} steps of {card['tokens_per_step']:,} tokens, the same in the same order"]
+    lines += [f"for all three models, peak learning rate {PEAK[name]:g}; the parameters at the best dev loss. Start: {STARTS[name]}.", ""]
     lines += ["## Test", ""]
     if "next_token" in card:
         row = card["next_token"]
@@ -185,13 +200,22 @@ def write_card(card: dict) -> None:
         for r in card["masked"]:
             lines += [f"| {r['rate']} | {r['masked']:,} | {r['model']:.3f} | {r['neighbours']:.3f} | {r['unigram']:.3f} |"]
         lines += ["", f"ELBO, an upper bound on nats a token: {card['elbo']:.3f}.", ""]
-    lines += ["## Synthetic episodes (test)", "", "| task | right | answers | accuracy |", "|---|---|---|---|"]
+    lines += ["## Synthetic episodes (test)", ""]
+    lines += [
+        "Values, and half of the templates, never occur in training. A diffusion model has one answer masked and sees what follows it;"
+    ]
+    lines += [
+        "an autoregressive model sees what comes before: the two columns of accuracies are not comparable.",
+        "",
+        "| task | right | answers | accuracy |",
+        "|---|---|---|---|",
+    ]
     lines += [f"| {k} | {v['right']} | {v['answers']} | {v['accuracy']:.3f} |" for k, v in card["synthetic"].items()]
     lines += ["", "## Training losses (nats a token; for a diffusion model the 1/p-weighted bound)", ""]
     lines += ["| step | train | dev | test |", "|---|---|---|---|"]
     lines += [f"| {c['step']} | {c['train']:.3f} | {c['dev']:.3f} | {c['test']:.3f} |" for c in card["checkpoints"]]
-    (POCKET / name / "README.md").write_text("\n".join(lines) + "\n")
-    (POCKET / name / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    (out / name / "README.md").write_text("\n".join(lines) + "\n")
+    (out / name / "card.json").write_text(json.dumps(card, indent=1) + "\n")
 
 
 def main() -> None:
@@ -200,21 +224,25 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=["export"])
     parser.add_argument("--models", nargs="+", default=list(STEPS))
+    parser.add_argument("--out", type=Path, help="folder of the models; the package's own for seed 0")
     args = parser.parse_args()
+    if args.out is None and args.seed != 0:
+        parser.error("the package holds the models of seed 0: give --out FOLDER for another seed")
+    args.out = args.out or PACKAGE
     tokenizer = load_tokenizer("pocket-dlm")
     for name in args.models:
         model = pocket_model(name)
-        save_model(POCKET / name, model, load_tree(args.work / f"{name}-{args.seed}" / "best.npz", init_params(model, jax.random.key(0))))
+        save_model(args.out / name, model, load_tree(args.work / f"{name}-{args.seed}" / "best.npz", init_params(model, jax.random.key(0))))
         for file in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(POCKET / file, POCKET / name / file)
+            shutil.copy(PACKAGE / file, args.out / name / file)
     if args.only == "export":
         return
-    (POCKET / "corpus.json").write_text(json.dumps(manifest(builtin_documents()), indent=0) + "\n")
+    (args.out / "corpus.json").write_text(json.dumps(manifest(builtin_documents()), indent=0) + "\n")
     sides = {side: builtin_blocks(tokenizer, SHAPE.max_positions, side) for side in ("train", "dev", "test")}
-    baselines = Baselines(sides["train"].tokens, sides["dev"].tokens[:BLOCKS])
+    baselines = Baselines(sides["train"], sides["dev"].take(slice(0, BLOCKS // 2)))
     for name in args.models:
-        card = measure(name, args.work, args.seed, baselines, sides["test"], tokenizer)
-        write_card(card)
+        card = measure(name, args.out, args.work, args.seed, baselines, sides["test"], tokenizer)
+        write_card(card, args.out)
         print(f"{name}: " + json.dumps({k: v for k, v in card.items() if k not in ("checkpoints", "masked")}))
 
 

@@ -4,8 +4,9 @@
     python scripts/train_pocket.py pocket-ar --work build/pocket
     python scripts/train_pocket.py pocket-dream --work build/pocket     # needs pocket-ar's best parameters
 
-All share architecture, tokenizer, tokens a step, steps and token order; ``pocket-dream`` is ``pocket-ar`` with
-bidirectional attention, trained on as a masked diffusion model that keeps predicting the next position. A killed run
+All share architecture, tokenizer, tokens a step and token order; pocket-dlm and pocket-ar share the number of steps.
+``pocket-dlm`` starts with two heads of every layer at the neighbours. ``pocket-dream`` is ``pocket-ar`` with bidirectional
+attention, trained on as a masked diffusion model that keeps predicting the next position. A killed run
 resumes where it was. The best parameters by dev loss are kept; ``scripts/pocket_card.py`` measures and exports them.
 """
 
@@ -29,7 +30,7 @@ SHAPE = ModelConfig(
     rope_theta=10000.0, max_positions=256, attention="bidirectional", bos_id=0, eos_id=1, pad_id=2,
 )  # fmt: skip
 MASK = 3
-STEPS = {"pocket-dlm": 2400, "pocket-ar": 2400, "pocket-dream": 900}
+STEPS = {"pocket-dlm": 2400, "pocket-ar": 2400, "pocket-dream": 600}
 PEAK = {"pocket-dlm": 2e-3, "pocket-ar": 2e-3, "pocket-dream": 1e-3}
 BATCH = 8  # 2,048 tokens a step: a masked model leaves its unigram plateau after a number of steps, not of tokens
 EVERY = 200  # steps between evaluations, which are also checkpoints
@@ -52,6 +53,9 @@ def initial_parameters(name: str, model: Transformer, work: Path, seed: int) -> 
         return init_params(model, jax.random.key(seed))
     if name == "pocket-dlm":
         return attend_to_neighbours(model, init_params(model, jax.random.key(seed)), jax.random.key(seed + 1))
+    log = work / f"pocket-ar-{seed}" / "log.jsonl"
+    if not log.exists() or json.loads(log.read_text().splitlines()[-1])["step"] < STEPS["pocket-ar"]:
+        raise SystemExit(f"pocket-dream starts from pocket-ar of seed {seed}: train that one to its end first")
     params = load_tree(work / f"pocket-ar-{seed}" / "best.npz", init_params(pocket_model("pocket-ar"), jax.random.key(0)))
     blocks = init_params(model, jax.random.key(seed))["params"]["blocks"]
     biases = {k: v for k, v in blocks.items() if k.endswith("_bias")}

@@ -99,6 +99,8 @@ def read_model(folder: Path, dtype: str = "float32") -> Transformer:
         raise UserError(f"{folder} holds no config.json: it is not a model folder") from None
     except ValueError as error:
         raise UserError(f"{where} is not valid JSON: {error}") from None
+    if not isinstance(mapping, dict):
+        raise UserError(f"{where} holds a {type(mapping).__name__}, not the mapping of a model's configuration")
     keys = Keys(mapping, str(where))
     config, diffusion = family_of(mapping.get("model_type"), str(where)).read(keys)
     keys.finish()
@@ -111,7 +113,10 @@ class _Files:
     def __init__(self, folder: Path):
         index = folder / "model.safetensors.index.json"
         if index.exists():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            try:
+                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(f"{index} is damaged: it should map tensor names to files under weight_map") from None
         else:
             names = sorted(p.name for p in folder.glob("*.safetensors"))
         if not names:

@@ -68,7 +68,7 @@ class Transformer(nn.Module):
           edits: changes to apply; their values, layers, masks and strengths never retrace.
 
         Raises:
-          UserError: for a site that this model does not have.
+          UserError: for a site that this model does not have, or more tokens than its context.
         """
         cfg = self.config
         embed = self.param("embed", nn.initializers.normal(1.0 if not cfg.tied_head else 0.02), (cfg.vocab_size, cfg.d_model), jnp.float32)
@@ -81,6 +81,8 @@ class Transformer(nn.Module):
         n_run = cfg.n_layers if whole else max((layer + 1 for _, layer in sites), default=0)
 
         batch, length = tokens.shape
+        if length > cfg.max_positions:
+            raise UserError(f"{length} tokens are more than this model's context of {cfg.max_positions}: use shorter blocks")
         if position_ids is None:
             position_ids = jnp.broadcast_to(jnp.arange(length), (batch, length))
         cos, sin = rope_tables(position_ids, cfg)

@@ -76,14 +76,36 @@ def test_config_mistakes(folder):
         ({"hidden_act": "gelu", "activation_type": "gelu"}, "gelu"),
         ({"use_sliding_window": True, "alibi": True, "mlp_bias": True}, "True"),
         ({"vocab_size": None}, "vocab_size"),
+        ({"vocab_size": "97"}, "vocab_size is '97', which is not a whole number"),
+        ({"rms_norm_eps": True}, "rms_norm_eps is True"),
     ]:
         edit_config(folder, **changes)
         with pytest.raises(UserError, match=word):
             load_model(folder)
         (folder / "config.json").write_text(original)
+    (folder / "config.json").write_text("[1]")
+    with pytest.raises(UserError, match="holds a list"):
+        load_model(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         load_model(folder)
+
+
+def test_an_incomplete_rope_scaling_is_named(tiny_model, tmp_path):
+    save_model(tmp_path, *tiny_model("llama"))
+    edit_config(tmp_path, rope_scaling={"rope_type": "llama3", "low_freq_factor": 1.0})
+    with pytest.raises(UserError, match="rope_scaling: key 'factor' is missing"):
+        load_model(tmp_path)
+    edit_config(tmp_path, rope_scaling={"rope_type": "yarn"})
+    with pytest.raises(UserError, match="yarn"):
+        load_model(tmp_path)
+
+
+def test_a_damaged_index_is_named(folder):
+    for text in ("{", "[]", '{"weights": {}}'):
+        (folder / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(UserError, match="index.json is damaged"):
+            load_model(folder)
 
 
 def test_files_mistakes(folder, tmp_path_factory):

@@ -3,6 +3,7 @@
 Dream is checked against Qwen2, LLaDA against Llama under LLaDA's tensor names, both with every key visible.
 """
 
+import copy
 import json
 
 import jax
@@ -41,7 +42,7 @@ def run_twin(twin, additive, tokens, keep=None):
     batch, length = tokens.shape
     mask = None
     if additive:
-        mask = torch.zeros(batch, 1, length, length)
+        mask = torch.zeros(batch, 1, length, length, dtype=next(twin.parameters()).dtype)
         if keep is not None:
             mask = mask.masked_fill(~torch.tensor(keep)[:, None, None, :], torch.finfo(torch.float32).min)
     elif keep is not None:
@@ -53,10 +54,12 @@ def run_twin(twin, additive, tokens, keep=None):
 
 def test_logits_and_every_site(case):
     (model, params), twin, additive, tokens = case
+    exact, _ = run_twin(copy.deepcopy(twin).double(), additive, tokens)
     logits, seen = run_twin(twin, additive, tokens)
     collect = tuple(f"{name}@{layer}" for name, layer in seen if name != "final_norm") + ("final_norm",)
     out = jax.jit(lambda p, t: model.apply(p, t, collect=collect))(params, jnp.asarray(tokens))
     np.testing.assert_allclose(out.logits, logits, atol=TOLERANCE)
+    assert np.abs(out.logits - exact).max() <= 2 * np.abs(logits - exact).max()
     for (name, layer), value in seen.items():
         np.testing.assert_allclose(out.taps[name][layer], value, atol=TOLERANCE, err_msg=f"{name}@{layer}")
 

@@ -165,6 +165,12 @@ def test_unknown_site_and_layer_are_named(tiny_model, tokens):
         model.apply(params, tokens, collect=("resid_psot@1",))
 
 
+def test_more_tokens_than_the_context(tiny_model):
+    model, params = tiny_model("llama")
+    with pytest.raises(UserError, match="65 tokens are more than this model's context of 64"):
+        model.apply(params, jnp.zeros((1, 65), jnp.int32))
+
+
 @pytest.mark.parametrize(
     ("alias", "site"),
     [

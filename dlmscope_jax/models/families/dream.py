@@ -10,7 +10,7 @@ from .reading import Keys, Tensor, llama_tensors
 def read(keys: Keys) -> tuple[ModelConfig, DiffusionSpec]:
     """Reads a ``config.json`` of model type ``Dream``; the mask token stands there, not in ``generation_config.json``."""
     keys.expect("use_sliding_window", False)
-    mask_id = keys.take("mask_token_id")
+    mask_id = keys.take("mask_token_id", kind=int)
     config = read_llama_like(keys, "dream", qkv_bias=True, default_theta=10000.0, attention="bidirectional")
     return config, DiffusionSpec(mask_id=mask_id, shift=True)
 

@@ -28,30 +28,30 @@ def read(keys: Keys) -> tuple[ModelConfig, DiffusionSpec]:
             keys.expect(name, value)
         else:
             keys.take(name, default=None)  # belongs to a switch that is off
-    d_model, n_heads = keys.take("d_model"), keys.take("n_heads")
-    vocab, embedding = keys.take("vocab_size"), keys.take("embedding_size", default=None)
+    d_model, n_heads = keys.size("d_model"), keys.size("n_heads")
+    vocab, embedding = keys.size("vocab_size"), keys.take("embedding_size", default=None)
     if embedding not in (None, vocab):
         raise UserError(f"{keys.where}: embedding_size {embedding} differs from vocab_size {vocab}")
     config = ModelConfig(
         family="llada",
         vocab_size=vocab,
         d_model=d_model,
-        n_layers=keys.take("n_layers", "num_hidden_layers"),
+        n_layers=keys.size("n_layers", "num_hidden_layers"),
         n_heads=n_heads,
-        n_kv_heads=keys.take("n_kv_heads", default=n_heads),
+        n_kv_heads=keys.size("n_kv_heads", default=n_heads),
         head_dim=d_model // n_heads,
-        d_mlp=keys.take("mlp_hidden_size", default=keys.take("mlp_ratio", default=4) * d_model),
-        norm_eps=keys.take("rms_norm_eps", default=1e-5),
-        rope_theta=float(keys.take("rope_theta", default=10000.0)),
-        max_positions=keys.take("max_sequence_length", default=4096),
+        d_mlp=keys.size("mlp_hidden_size", default=keys.size("mlp_ratio", default=4) * d_model),
+        norm_eps=keys.take("rms_norm_eps", default=1e-5, kind=float),
+        rope_theta=float(keys.take("rope_theta", default=10000.0, kind=float)),
+        max_positions=keys.size("max_sequence_length", default=4096),
         attention="bidirectional",
-        rope_float32=keys.take("rope_full_precision", default=True),
-        tied_head=keys.take("weight_tying", default=False),
+        rope_float32=keys.take("rope_full_precision", default=True, kind=bool),
+        tied_head=keys.take("weight_tying", default=False, kind=bool),
         bos_id=keys.token("bos_token_id"),
         eos_id=keys.token("eos_token_id"),
         pad_id=keys.token("pad_token_id"),
     )
-    return config, DiffusionSpec(mask_id=keys.take("mask_token_id", default=MASK_ID), shift=False)
+    return config, DiffusionSpec(mask_id=keys.take("mask_token_id", default=MASK_ID, kind=int), shift=False)
 
 
 def tensors(config: ModelConfig) -> dict[tuple[str, ...], Tensor]:

@@ -17,24 +17,24 @@ def read(keys: Keys) -> tuple[ModelConfig, None]:
 def read_llama_like(keys: Keys, family: str, qkv_bias: bool, default_theta: float, attention: str = "causal") -> ModelConfig:
     """What Llama, Qwen2 and Dream spell alike."""
     keys.expect("hidden_act", "silu")
-    d_model, n_heads = keys.take("hidden_size"), keys.take("num_attention_heads")
+    d_model, n_heads = keys.size("hidden_size"), keys.size("num_attention_heads")
     theta, scaling = keys.rope(default_theta)
     return ModelConfig(
         family=family,
-        vocab_size=keys.take("vocab_size"),
+        vocab_size=keys.size("vocab_size"),
         d_model=d_model,
-        n_layers=keys.take("num_hidden_layers"),
+        n_layers=keys.size("num_hidden_layers"),
         n_heads=n_heads,
-        n_kv_heads=keys.take("num_key_value_heads", default=n_heads),
-        head_dim=keys.take("head_dim", default=d_model // n_heads),
-        d_mlp=keys.take("intermediate_size"),
-        norm_eps=keys.take("rms_norm_eps", default=1e-6),
+        n_kv_heads=keys.size("num_key_value_heads", default=n_heads),
+        head_dim=keys.size("head_dim", default=d_model // n_heads),
+        d_mlp=keys.size("intermediate_size"),
+        norm_eps=keys.take("rms_norm_eps", default=1e-6, kind=float),
         rope_theta=theta,
         rope_scaling=scaling,
-        max_positions=keys.take("max_position_embeddings", default=2048),
+        max_positions=keys.size("max_position_embeddings", default=2048),
         attention=attention,
         qkv_bias=qkv_bias,
-        tied_head=keys.take("tie_word_embeddings", default=False),
+        tied_head=keys.take("tie_word_embeddings", default=False, kind=bool),
         bos_id=keys.token("bos_token_id"),
         eos_id=keys.token("eos_token_id"),
         pad_id=keys.token("pad_token_id"),

@@ -10,6 +10,7 @@ from dlmscope_jax.errors import UserError
 from ..config import RopeScaling
 
 REQUIRED = object()
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping", None: ""}
 
 # keys of config.json that say nothing about what the network computes
 INERT = frozenset(
@@ -29,15 +30,25 @@ class Keys:
     def __init__(self, mapping: Mapping[str, Any], where: str):
         self.mapping, self.where, self.seen = dict(mapping), where, set()
 
-    def take(self, *names: str, default: Any = REQUIRED) -> Any:
-        """The value of the first of these keys that is there (one key may have had several spellings)."""
+    def take(self, *names: str, default: Any = REQUIRED, kind: type | None = None) -> Any:
+        """The value of the first of these keys that is there (one key may have had several spellings), of this kind."""
         self.seen.update(names)
         for name in names:
-            if self.mapping.get(name) is not None:
-                return self.mapping[name]
+            if (value := self.mapping.get(name)) is not None:
+                fits = kind is None or isinstance(value, (int, float) if kind is float else kind)
+                if not fits or (isinstance(value, bool) and kind in (int, float)):
+                    raise UserError(f"{self.where}: {name} is {value!r}, which is not {_KINDS[kind]}")
+                return value
         if default is REQUIRED:
             raise UserError(f"{self.where}: key {names[0]!r} is missing")
         return default
+
+    def size(self, *names: str, default: Any = REQUIRED) -> int:
+        """A positive whole number."""
+        value = self.take(*names, default=default, kind=int)
+        if value is not None and value < 1:
+            raise UserError(f"{self.where}: {names[0]} is {value}, which is not positive")
+        return value
 
     def expect(self, name: str, *allowed: Any) -> None:
         """Refuses a switch that is set to something this network does not do; a missing key counts as the first value."""
@@ -60,9 +71,9 @@ class Keys:
 
     def rope(self, default_theta: float) -> tuple[float, RopeScaling | None]:
         """Rotary base and scaling, in the hub's flat spelling or transformers 5's nested one."""
-        nested = dict(self.take("rope_parameters", default={}))
-        flat = dict(self.take("rope_scaling", default=None) or {})
-        theta = float(self.take("rope_theta", default=nested.pop("rope_theta", default_theta)))
+        nested = dict(self.take("rope_parameters", default={}, kind=dict))
+        flat = dict(self.take("rope_scaling", default={}, kind=dict))
+        theta = float(self.take("rope_theta", default=nested.pop("rope_theta", default_theta), kind=float))
         values = nested | flat
         kind = values.pop("rope_type", values.pop("type", "default"))
         values.pop("type", None)
@@ -70,11 +81,12 @@ class Keys:
             return theta, None
         if kind != "llama3":
             raise UserError(f"{self.where}: rope type {kind!r} is not supported; supported: 'default', 'llama3'")
+        scaling = Keys(values, f"{self.where}: rope_scaling")
         return theta, RopeScaling(
-            factor=float(values["factor"]),
-            low_freq_factor=float(values["low_freq_factor"]),
-            high_freq_factor=float(values["high_freq_factor"]),
-            original_max_positions=int(values["original_max_position_embeddings"]),
+            factor=float(scaling.take("factor", kind=float)),
+            low_freq_factor=float(scaling.take("low_freq_factor", kind=float)),
+            high_freq_factor=float(scaling.take("high_freq_factor", kind=float)),
+            original_max_positions=scaling.size("original_max_position_embeddings"),
         )
 
 
