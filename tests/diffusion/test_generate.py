@@ -19,12 +19,13 @@ PROMPT = jnp.asarray(np.random.default_rng(0).integers(4, 23, size=(3, 6)), jnp.
 
 @functools.cache
 def _transformer(kind):
-    """A tiny transformer with a head sharp enough to have preferences."""
+    """A tiny transformer whose head has preferences and whose attention matters to them."""
     spec = {"llada": DiffusionSpec(3, shift=False), "dream": DiffusionSpec(3, shift=True), "ar": None}[kind]
     model = Transformer(CONFIG if spec else CAUSAL, spec)
     params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
     params["params"]["head"] = params["params"]["head"] * 40
-    params["params"]["embed"] = params["params"]["embed"] * 50
+    params["params"]["embed"] = params["params"]["embed"] * 20
+    params["params"]["blocks"] |= {name: 4 * params["params"]["blocks"][name] for name in ("q", "k", "v", "o")}
     return model, params
 
 
@@ -68,10 +69,13 @@ def test_padded_rows_equal_rows_alone(kind):
     sampler = {"llada": CASES["llada"], "dream": DreamSampler(6, 8, "topk_margin"), "ar": CASES["ar"]}[kind]
     keep = jnp.arange(6)[None] >= jnp.array([[0], [3], [5]])
     together = generate(model, params, jnp.where(keep, PROMPT, 2), sampler, attention_mask=keep)
+    seen = generate(model, params, jnp.where(keep, PROMPT, 2), sampler, attention_mask=jnp.ones_like(keep))
+    assert (np.abs(seen.confidence - together.confidence)[1:].max(axis=1) > 1e-2).all()  # so padding would be noticed
     for row, start in ((1, 3), (2, 5)):
         alone = generate(model, params, PROMPT[row : row + 1, start:], sampler)
         np.testing.assert_array_equal(together.history[:, row, start:], alone.history[:, 0])
         np.testing.assert_array_equal(together.commit_step[row, start:], alone.commit_step[0])
+        np.testing.assert_allclose(together.confidence[row, start:], alone.confidence[0], atol=2e-5)
 
 
 def test_new_values_never_retrace(stubs):
