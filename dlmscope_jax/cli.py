@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _fail(f"the disk is full ({error.filename or 'while writing'}): free some space and give the same command again", debug)
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            return _fail(f"{error.filename}: {error.strerror}: name a folder that can be written to, with --root=", debug)
+            return _fail(f"{error.filename}: {error.strerror}: you may not read or write it (--root= names another run folder)", debug)
+        if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG):
+            return _fail(f"{error.filename}: {error.strerror}: name a folder there, or another one with --root=", debug)
         raise
 
 
@@ -87,7 +89,10 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
         if not argument.startswith("-"):
             files.append(argument)
         else:
-            overrides.append(argument if "=" in argument else f"{argument}={next(rest, '')}")
+            value = "" if "=" in argument else next(rest, "")
+            if value.startswith("--"):
+                raise UserError(f"{argument} has no value: write {argument}=VALUE")
+            overrides.append(argument if "=" in argument else f"{argument}={value}")
     return files, overrides
 
 

@@ -82,7 +82,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"config {path}: no such file")
-    found = _parse(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"config {path}: is not UTF-8 text") from None
+    found = _parse(text, str(path))
     if found is None:
         return {}
     if not isinstance(found, dict):

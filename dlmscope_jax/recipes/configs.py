@@ -152,7 +152,12 @@ class Run:
         _require(self.data.block_length >= 8, "data.block_length", "should be at least 8 tokens")
         _require(bool(self.harvest.sites), "harvest.sites", "name at least one site, such as resid_post@2")
         _require(0 <= self.harvest.low <= self.harvest.high <= 1, "harvest.low", "should be 0 <= low <= high <= 1")
-        _require(all(0 < rate <= 1 for rate in self.evaluate.rates), "evaluate.rates", "should lie in (0, 1]")
+        _require(self.seed >= 0, "seed", "should be 0 or above")
+        rates = self.evaluate.rates
+        _require(bool(rates) and all(0 < rate < 1 for rate in rates), "evaluate.rates", "name at least one, each between 0 and 1")
+        _require(len(set(rates)) == len(rates), "evaluate.rates", "names one rate twice")
+        _require(len(set(self.dictionary.k)) == len(self.dictionary.k), "dictionary.k", "names one k twice")
+        _require(self.train.dead_rows is None or self.train.dead_rows > 0, "train.dead_rows", "should be above 0")
         _require(0 < self.train.decay_start <= 1, "train.decay_start", "is a share of the steps, in (0, 1]")
         _require(bool(self.dictionary.k), "dictionary.k", "name at least one k")
         for k in self.dictionary.k:

@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -101,6 +102,9 @@ def train_model(work: Work, name: str) -> None:
     if run.released:
         raise UserError(f"released: {run.name} examines dictionaries that somebody else trained; there is nothing to train")
     store = ActivationStore.open(work.store_url(name, "train"))
+    for site in _sites(run):
+        if site not in store.sites:
+            raise UserError(f"harvest.sites: {site} was not harvested from {name} in this run; there are {', '.join(store.sites)}")
     specs = [
         TrainSpec(
             TopK(store.sites[site], run.dictionary.width, k), steps=recipe.steps, site=site, select=recipe.select,
@@ -178,7 +182,11 @@ def dictionaries_of(work: Work, name: str) -> Dictionaries:
             where = f"{released.path}/{released.subfolder}"
             raise UserError(f"released.select: {where} was trained on {meta.select} rows, the config says {released.select}")
         meta = dataclasses.replace(meta, site=site, layer=int(site.rpartition("@")[2]), select=released.select)
-        found[f"{label}/{site}_k{spec.k}"] = (spec, params, meta)
+        _check_model(name, released.path, meta.model)
+        key = f"{label}/{site}_k{spec.k}"
+        if key in found:
+            raise UserError(f"released: two dictionaries of {site} with k = {spec.k}; examine them in runs of their own, with another name")
+        found[key] = (spec, params, meta)
     for site in () if run.released else _sites(run):
         for k in run.dictionary.k:
             folder = work.dictionaries(name) / f"{site}_k{k}"
@@ -192,6 +200,13 @@ def _replaced_at(dictionary: tuple[Any, Any, Any]) -> str:
     """Where a dictionary is inserted: at the mask state that it was trained on, everywhere if that is no one state."""
     select = dictionary[2].select
     return select if select in ("masked", "visible") else "all"
+
+
+def _check_model(name: str, path: str, trained_on: str | None) -> None:
+    """Compares hub ids where both are known: a released dictionary carries no hash of its model."""
+    if trained_on and trained_on.count("/") == 1 and name.count("/") == 1 and not Path(name).is_dir():
+        if trained_on.lower() != name.lower():
+            raise UserError(f"released: {path} says that it was trained on {trained_on}, models names {name}")
 
 
 def _sites(run: Run) -> list[str]:

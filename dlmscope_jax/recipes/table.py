@@ -6,18 +6,18 @@ from typing import Any
 from dlmscope_jax.report import read_run
 from dlmscope_jax.report.insertion import at_reference, reference_rate
 
-_HEAD = ("dictionary", "EV", "L0", "dead", "dloss (nats)", "KL", "noise KL", "zero KL", "scored at")
+_HEAD = ("dictionary", "rows", "EV", "L0", "dead", "dloss (nats)", "KL", "noise KL", "zero KL", "scored at")
 
 
 def headline(folder: Path) -> str:
-    """One line a dictionary, all on the test side: explained variance, L0, dead share, and the cost of its insertion.
+    """One line a dictionary, on test rows of the kind that it was trained on: explained variance, L0, dead share, cost of insertion.
 
     ``dloss`` and ``KL`` are for each scored token with the dictionary in place of the activations, at corruption rate .45 (the measured
     rate nearest to it) or on next tokens; ``noise KL`` and ``zero KL`` are what noise of the same size and zeros cost there.
     """
     lines = [_HEAD]
     for d in read_run(folder).dictionaries:
-        fidelity = d.sets.get("all", {})
+        rows_of, fidelity = d.own
         rate = reference_rate(d)
         spliced = at_reference(d, "spliced") or {}
         kl = {name: (at_reference(d, name) or {}).get("kl") for name in ("noise", "zero")}
@@ -25,6 +25,7 @@ def headline(folder: Path) -> str:
         lines.append(
             (
                 d.name,
+                f"{fidelity['rows']:,} {rows_of}" if fidelity.get("rows") else rows_of,
                 _shown(fidelity.get("explained_variance"), ".4f"),
                 _shown(fidelity.get("l0"), ".1f"),
                 "-" if dead is None else f"{100 * dead:.1f} %",

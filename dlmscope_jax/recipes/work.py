@@ -38,8 +38,6 @@ class Work:
         self._model: tuple[str, Any, Any] | None = None
         self._blocks: dict[tuple[str, str], Blocks] = {}
         self._documents: list[Document] | None = None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self.folder / "config.yaml", config.dump(run))
 
     def store_url(self, name: str, side: str) -> Path:
         """Where the rows of a model's side lie."""
@@ -120,9 +118,17 @@ class Work:
             self.note(times=[entry | ({"rows": stage.rows} if stage.rows else {})])
 
     def note(self, **entries: Any) -> None:
-        """Adds to ``results/run.json``, the run's summary. Lists are of mappings, one for each ``name`` or ``stage``."""
+        """Adds to ``results/run.json``, the run's summary. Lists are of mappings, one for each ``name`` or ``stage``.
+
+        The configuration is written with it: once something was done as it says, not when a refused command begins.
+        """
+        write_whole(self.folder / "config.yaml", config.dump(self.run))
         path = self.folder / "results" / "run.json"
-        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"kind": "run", "version": 1}
+        summary: dict[str, Any] = {"kind": "run", "version": 1}
+        try:
+            summary = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):  # a damaged summary is begun again
+            pass
         for key, value in entries.items():
             if isinstance(value, list):
                 entries_of = {entry.get("name", entry.get("stage")): entry for entry in [*summary.get(key, []), *value]}

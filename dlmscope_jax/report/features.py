@@ -54,7 +54,7 @@ def _dictionary(run: Run, d: Dictionary, i: int, pieces: dict[str, str]) -> Html
     rows = f.get("rows") or next((s.get("rows") for s in d.sets.values()), None)
     dead = f.get("dead_share")
     if dead is None:
-        dead = (d.sets.get("all") or {}).get("dead_share")
+        dead = d.own[1].get("dead_share")
     said = [f"{len(f['records'])} latents" + (f" ({f['selection']})" if f.get("selection") else "")]
     said += [f"{number(rows)} rows of the {f.get('side', 'test')} side"] if rows else []
     said += [f"dead: {percent(dead)}"] if dead is not None else []

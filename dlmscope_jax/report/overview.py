@@ -34,12 +34,13 @@ def _headline(run: Run) -> Html:
         return missing("No dictionary was examined in this run.")
     rows = []
     for d in run.dictionaries:
-        fidelity = d.sets.get("all") or next(iter(d.sets.values()), {})
+        rows_of, fidelity = d.own
         spliced = at_reference(d, "spliced") or {}
         rate = reference_rate(d)
         rows.append(
             [
                 join([d.model, " ", el("span", d.label, class_="site")]),
+                f"{rows_of}, {number(fidelity['rows'])}" if fidelity.get("rows") else rows_of,
                 fixed(fidelity.get("explained_variance")),
                 fixed(fidelity.get("l0"), 1),
                 percent(fidelity.get("dead_share")),
@@ -48,9 +49,10 @@ def _headline(run: Run) -> Html:
                 "next token" if rate == 0 else "–" if rate is None else f"rate {tick(rate)}",
             ]
         )
-    head = ["Dictionary", "Explained variance", "L0", "Dead", "Δloss (nats)", "KL (nats)", "Δloss, KL at"]
+    head = ["Dictionary", "Rows", "Explained variance", "L0", "Dead", "Δloss (nats)", "KL (nats)", "Δloss, KL at"]
     note = lead(
-        "On the test side. Δloss is the change of the loss for each scored token when the dictionary's reconstruction takes the place of "
+        "On the test side, over rows of the kind that a dictionary was trained on. Δloss is the change of the loss for each scored token "
+        "when the dictionary's reconstruction takes the place of "
         "the activations; KL is that of the model's predictions before and after. Brackets are 95 % intervals over documents."
     )
     return join([note, table(head, rows, caption="Headline numbers", class_="striped")])

@@ -77,6 +77,13 @@ class Dictionary:
             return {name: sets[name] for name in [*(n for n in _SETS if n in sets), *(n for n in sets if n not in _SETS)]}
         return {"all": self.fidelity} if "explained_variance" in self.fidelity else {}
 
+    @property
+    def own(self) -> tuple[str, dict[str, Any]]:
+        """The set of rows that it was trained on, which headline numbers are over, and its fidelity there."""
+        sets = self.sets
+        name = (self.fidelity or {}).get("own", "all")
+        return (name, sets[name]) if name in sets else next(iter(sets.items()), ("all", {}))
+
 
 @dataclass(frozen=True)
 class Run:
