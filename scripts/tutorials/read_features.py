@@ -23,10 +23,12 @@ SITE = "resid_post@3"
 # %%
 model, params = ds.load_model("pocket-dlm")
 tok = ds.load_tokenizer("pocket-dlm")
+card = {"model": "pocket-dlm", "tokenizer": tok.digest}  # travels with the rows into the dictionary
 stores = {}
 for side, n_blocks in (("train", 96), ("test", 48)):
     blocks = ds.builtin_blocks(tok, block_length=256, side=side).take(slice(n_blocks))
-    stores[side] = ds.harvest(model, params, blocks, folder / side, sites=[SITE], corruption=ds.Corruption("rate", 0.05, 1.0))
+    rates = ds.Corruption("rate", 0.05, 1.0)
+    stores[side] = ds.harvest(model, params, blocks, folder / side, sites=[SITE], corruption=rates, meta=card)
 print(stores["train"])
 print("masked rows:", int(stores["train"].column("is_masked").sum()))
 
@@ -58,17 +60,18 @@ print("raises:", [record.pieces[int(token)] for token, _ in record.logit_lens["t
 # ## From a text to latents, and from a word to latents
 
 # %%
-found = ds.latents_for(model, params, dictionary, "for name in names:\n    print(name)", rate=0.3, seed=1, top=3, tokenizer=tok)
+found = ds.latents_for(model, params, dictionary, "for name in names:\n    print(name)", rate=0.3, seed=1, top=3)
 for piece, masked, active in zip(found["original_pieces"], found["is_masked"], found["active"], strict=True):
     print(f"{piece!r:<12} {'masked' if masked else '':<7} {active}")
-print(ds.find_latents(records, "self")[:5])
+for hit in ds.find_latents(records, "self")[:5]:
+    print(f"latent {hit['latent']:>4}  {hit['score']:.2f}  {'; '.join(hit['why'])}")
 
 # %% [markdown]
 # ## Steering while the model denoises
 # The same prompt and the same random numbers, with and without the latent's direction added at every step.
 
 # %%
-prompt, _ = ds.encode(tok, ["def area("])
+prompt, _ = ds.encode(tok, ["def area(self, "])
 sampler = ds.LLaDASampler(steps=12, gen_length=12, block_length=12)
 edit = ds.steer(*dictionary[:2], record.latent, SITE, 3.0, scale="corpus_max", maximum=record.max_activation)
 for name, edits in (("plain", ()), ("steered", (edit,))):
