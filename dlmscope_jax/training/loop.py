@@ -167,6 +167,7 @@ class _Run:
                 f"{self.folder} holds a dictionary of another training ({difference(found, self.identity)}): "
                 "choose another run_dir or delete it"
             )
+        remove_checkpoints(self.folder / _CHECKPOINTS)  # a process killed at the very end leaves them
         return True
 
     def begin(self, sample: Callable[[int, int, str], np.ndarray]) -> None:
