@@ -70,14 +70,22 @@ def test_densities_of_all_latents(case):
         assert b["rows"] == inside.sum() and b["density"] == pytest.approx(active[inside, latent].mean())
 
 
-def test_densities_of_a_dictionary_of_masked_rows(case, tiny):
+@pytest.mark.parametrize("select", ["masked", "visible", "predicting"])
+def test_a_dictionary_of_one_kind_of_rows_is_read_on_them(case, select):
     spec, weights, card = case.dictionary
-    counted = firing((spec, weights, dataclasses.replace(card, select="masked")), case.store, batch_size=256)
+    dictionary = (spec, weights, dataclasses.replace(card, select=select))
+    counted = firing(dictionary, case.store, batch_size=256)
     masked = case.store.column("is_masked")
-    np.testing.assert_allclose(counted.density, (case.dense > 0)[masked].mean(axis=0))
-    np.testing.assert_allclose(counted.largest, case.dense[masked].max(axis=0), rtol=1e-5)
-    assert counted.select == "masked" and counted.n_rows == masked.sum()
-    np.testing.assert_allclose(counted.by_state(False), (case.dense > 0)[~masked].mean(axis=0))
+    own = ~masked if select == "visible" else case.store.column("predicts_masked") if select == "predicting" else masked
+    np.testing.assert_allclose(counted.density, (case.dense > 0)[own].mean(axis=0))
+    np.testing.assert_allclose(counted.largest, case.dense[own].max(axis=0), rtol=1e-5)
+    assert counted.select == select and counted.n_rows == own.sum()
+    np.testing.assert_allclose(counted.by_state(False), (case.dense > 0)[~masked].mean(axis=0))  # over all visible rows
+    latents = np.argsort(-counted.density)[:3]
+    found = collect_records(case.model, case.params, dictionary, case.store, latents=latents, counted=counted, batch_size=128)
+    for record in found:
+        assert record.windows and all(w.is_masked[w.peak] == (select != "visible") for w in record.windows)
+        assert record.windows[0].activations[record.windows[0].peak] == pytest.approx(case.dense[own, record.latent].max(), rel=1e-4)
 
 
 def made_up(fired):
