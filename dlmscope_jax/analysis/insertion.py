@@ -71,8 +71,8 @@ def delta_losses(
 
     Returns:
       For each name a plain dict that ``json`` can write: ``rows`` (one a rate and condition, with ``rate`` None for all
-      rates together: loss, delta, kl, top1 with their intervals, in nats a scored token), ``loss_recovered`` (one a rate and
-      named baseline), the seed, the rates and what was scored.
+      rates together, each weighing the same: loss, delta, kl, top1 with their intervals, in nats a scored token),
+      ``loss_recovered`` (one a rate and named baseline), the seed, the rates and what was scored.
 
     Raises:
       UserError: for an unknown ``positions``, rates outside (0, 1), empty blocks, or a dictionary of another model.
@@ -356,8 +356,11 @@ class _Tally:
     def result(self, rates: tuple[float, ...], seed: int) -> dict:
         rows, recovered, zero = [], [], CONDITIONS.index("zero")
         for label, pick in [*((rate, [r]) for r, rate in enumerate(rates)), (None, list(range(len(rates))))]:
-            loss, kl, top1 = (total[pick].sum(0) for total in (self.loss, self.kl, self.top1))
-            count = self.count[pick].sum(0)
+            # all rates together: each rate weighs the same, however many tokens it masked
+            weight = 1.0 / np.maximum(self.count[pick].sum(axis=1), 1.0) if label is None else np.ones(1)
+            loss, kl, top1 = (np.einsum("r,rcd->cd", weight, total[pick]) for total in (self.loss, self.kl, self.top1))
+            count = weight @ self.count[pick]
+            tokens = int(self.count[pick].sum())
             for c, condition in enumerate(CONDITIONS):
                 measured = {
                     "loss": bootstrap(loss[c], count, seed=seed), "delta": bootstrap(loss[c] - loss[0], count, seed=seed),
@@ -365,7 +368,7 @@ class _Tally:
                 }  # fmt: skip
                 sizes = np.concatenate([part for r in pick for part in self.sizes[r][c]])
                 quartiles = [float(q) for q in np.quantile(sizes, [0.25, 0.5, 0.75])]
-                row = {"rate": label, "condition": condition, "tokens": int(count.sum()), "documents": int((count > 0).sum())}
+                row = {"rate": label, "condition": condition, "tokens": tokens, "documents": int((count > 0).sum())}
                 rows.append({**row, "relative_change_quartiles": quartiles, **{k: v.to_json() for k, v in measured.items()}})
             for baseline in (zero, CONDITIONS.index("mean")):
                 got = bootstrap(loss[baseline] - loss[1], loss[baseline] - loss[0], seed=seed)

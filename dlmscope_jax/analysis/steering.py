@@ -13,6 +13,8 @@ from dlmscope_jax.diffusion import generate
 from dlmscope_jax.errors import UserError
 from dlmscope_jax.models import Edit, canonical_site
 
+from .match import raw
+
 SCALES = ("row_max", "corpus_max", "unit", "resid_norm")
 VERSION = 1
 
@@ -128,7 +130,7 @@ def steered_generation(
     """
     if prompt.ndim != 2 or prompt.shape[0] != 1:
         raise UserError(f"steered_generation: the prompt has shape {tuple(prompt.shape)}; give one row, [1, P]")
-    spec, weights, meta = dictionary
+    spec, weights, meta = raw(dictionary)
     read, written = canonical_site(meta.site), f"{edit.site}@{int(edit.layer)}"
     seen: set[int] = set()
     out: dict[str, Any] = {}

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from dlmscope_jax.activations import ActivationStore
 from dlmscope_jax.analysis import collect_records, firing, records_to_result, steer, steered_generation, stratified
+from dlmscope_jax.analysis.match import raw
 from dlmscope_jax.diffusion import ARSampler, DreamSampler, LLaDASampler
 from dlmscope_jax.training import Progress
 
@@ -61,7 +62,7 @@ def steer_one(work: Work, name: str, key: str, dictionary: Dictionary, recorded:
     tokenizer = work.tokenizer(name)
     ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode_plain([wanted.prompt])[0]
     sampler = sampler_for(model, wanted.new_tokens)
-    spec, weights, meta = dictionary
+    spec, weights, meta = raw(dictionary)
     edit = steer(spec, weights, latent, meta.site, wanted.strength, scale="corpus_max", maximum=record["max_activation"])
     result = steered_generation(
         model, params, jnp.asarray([ids], jnp.int32), sampler, edit, dictionary, latent, key=jax.random.key(work.run.seed),

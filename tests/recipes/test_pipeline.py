@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -200,8 +199,8 @@ def test_a_run_killed_at_any_moment_goes_on(small_run, model_folders, tmp_path):
         start = time.monotonic()
         while not list(folder.glob(waits_for)) and process.poll() is None and time.monotonic() - start < 120:
             time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     undisturbed = dataclasses.replace(run, name="undisturbed")
