@@ -108,13 +108,14 @@ def delta_losses(
         for batch in batches.at(r, rate):
             taps = _taps(model, params, batch["tokens"], batch["attention"], collect)
             keys = block_keys(noise_key, r, jnp.asarray(batch["block"]))
-            where = {"all": jnp.ones_like, "masked": jnp.asarray, "visible": jnp.logical_not}[positions](batch["is_masked"])
+            is_masked = batch["is_masked"]
+            where = {"all": jnp.ones_like(is_masked), "masked": is_masked, "visible": ~is_masked}[positions]
             for name, (spec, weights, _) in dictionaries.items():
                 plan = plans[name]
                 hidden, size = _conditions(
                     plan.model, spec, plan.edit_site, plan.params, weights, untrained[name],
                     batch["tokens"] if plan.reads_tokens else jnp.zeros_like(batch["tokens"]), batch["attention"],
-                    taps.get(plan.entry), taps[plan.site], batch["is_masked"], means[plan.site], keys, where,
+                    taps.get(plan.entry), taps[plan.site], is_masked, means[plan.site], keys, where,
                 )  # fmt: skip
                 scores = _score(model, params, hidden, batch["targets"], batch["scored"])
                 tallies[name].add(r, batch, *(np.asarray(a) for a in (*scores, size)))
