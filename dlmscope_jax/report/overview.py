@@ -35,12 +35,12 @@ def _headline(run: Run) -> Html:
     rows = []
     for d in run.dictionaries:
         rows_of, fidelity = d.own
+        counted = f"{number(fidelity['rows'])} rows ({rows_of})" if fidelity.get("rows") else ""
         spliced = at_reference(d, "spliced") or {}
         rate = reference_rate(d)
         rows.append(
             [
-                join([d.model, " ", el("span", d.label, class_="site")]),
-                f"{rows_of}, {number(fidelity['rows'])}" if fidelity.get("rows") else rows_of,
+                join([d.model, " ", el("span", d.label, class_="site"), el("small", counted, class_="kind")]),
                 fixed(fidelity.get("explained_variance")),
                 fixed(fidelity.get("l0"), 1),
                 percent(fidelity.get("dead_share")),
@@ -49,7 +49,7 @@ def _headline(run: Run) -> Html:
                 "next token" if rate == 0 else "–" if rate is None else f"rate {tick(rate)}",
             ]
         )
-    head = ["Dictionary", "Rows", "Explained variance", "L0", "Dead", "Δloss (nats)", "KL (nats)", "Δloss, KL at"]
+    head = ["Dictionary", "Explained variance", "L0", "Dead", "Δloss (nats)", "KL (nats)", "Δloss, KL at"]
     note = lead(
         "On the test side, over rows of the kind that a dictionary was trained on. Δloss is the change of the loss for each scored token "
         "when the dictionary's reconstruction takes the place of "
