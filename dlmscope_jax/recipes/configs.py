@@ -57,7 +57,7 @@ class Train:
     """How dictionaries learn."""
 
     # optimiser steps
-    steps: int = 250
+    steps: int = 220
     # rows a step
     batch_size: int = 2048
     # learning rate at its highest
@@ -95,7 +95,7 @@ class Evaluate:
     """How dictionaries are examined, on the test side."""
 
     # blocks of the test side on which the insertion is scored, at every rate
-    blocks: int = 40
+    blocks: int = 32
     # corruption rates for the insertion of diffusion models; METHODS.md asks for .05, .15, ..., .95
     rates: tuple[float, ...] = (0.05, 0.25, 0.45, 0.65, 0.85)
     # blocks a forward pass
