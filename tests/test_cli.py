@@ -161,3 +161,23 @@ def test_the_studies_have_the_papers_layers_and_ks():
         assert (paper.train.steps, paper.train.batch_size, paper.train.lr) == (244140 if name == "llama" else 73242, 2048, 3e-4)
         if name in ("dream", "llada"):
             assert (paper.harvest.policy, paper.harvest.low, paper.harvest.high) == ("batch_rate", 0.05, 0.5)
+
+
+def test_more_mistakes_are_one_line_and_leave_no_trace(tmp_path, capsys):
+    """Found by review: each of these once ended in a traceback or in a changed folder."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
+    before = sorted(tmp_path.rglob("*"))
+    for arguments, word in [
+        (["harvest", "--seed=-1"], "seed"),
+        (["harvest", "--evaluate.rates=[1.0]"], "evaluate.rates"),
+        (["harvest", "--dictionary.k=[8, 8]"], "dictionary.k"),
+        (["harvest", "--name", "--seed=3"], "--name has no value"),
+        (["harvest", str(tmp_path / "latin.yaml")], "not UTF-8"),
+        (["report", f"--root={tmp_path}", "--name=typo"], "typo"),
+        (["harvest", f"--root={tmp_path / 'file'}"], "file"),
+    ]:
+        assert cli.main(arguments) == 2, arguments
+        error = capsys.readouterr().err
+        assert word in error.splitlines()[-1] and "Traceback" not in error and error.splitlines()[-1].startswith("dlmscope: "), error
+    assert sorted(tmp_path.rglob("*")) == before

@@ -162,7 +162,7 @@ def test_scripts_say_in_one_line_what_is_missing(name, tmp_path):
     for tool in ("bash", "readlink", "dirname", "df", "awk", "head", "rm", "cat"):
         (tools / tool).symlink_to(shutil.which(tool))
     old = tools / "python3"
-    old.write_text("#!/bin/sh\nif [ \"$1\" = --version ]; then echo Python 3.8.1; exit 0; fi\nexit 1\n")
+    old.write_text('#!/bin/sh\nif [ "$1" = --version ]; then echo Python 3.8.1; exit 0; fi\nexit 1\n')
     old.chmod(0o755)
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "repo" / "scripts" / name)

@@ -96,8 +96,10 @@ def delta_losses(
     plans = {name: _Plan.make(model, params, canonical_site(meta.site)) for name, (_, _, meta) in dictionaries.items()}
     collect = tuple(sorted({site for plan in plans.values() for site in plan.taps}))
     batches = _Batches(blocks, batch_size, diffusion, jax.random.fold_in(jax.random.key(seed), 0), padded)
-    source = batches if calibration is None else dataclasses.replace(
-        batches, blocks=calibration, padded=bool((np.asarray(calibration.documents) < 0).any())
+    source = (
+        batches
+        if calibration is None
+        else dataclasses.replace(batches, blocks=calibration, padded=bool((np.asarray(calibration.documents) < 0).any()))
     )
     means, samples = _calibrate(model, params, source, rates, collect)
     fresh = jax.random.fold_in(jax.random.key(seed), 2)

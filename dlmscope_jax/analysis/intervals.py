@@ -88,9 +88,7 @@ def bootstrap(
     return Interval(value, float(low), float(high), units, draws)
 
 
-def sum_by(
-    groups: Int[np.ndarray, "rows"], values: Float[np.ndarray, "rows"], n_groups: int
-) -> Float[np.ndarray, "n_groups"]:
+def sum_by(groups: Int[np.ndarray, "rows"], values: Float[np.ndarray, "rows"], n_groups: int) -> Float[np.ndarray, "n_groups"]:
     """Sums of ``values`` within each group (document); negative groups (padding) are left out."""
     keep = groups >= 0
     return np.bincount(groups[keep], weights=np.asarray(values, np.float64)[keep], minlength=n_groups)

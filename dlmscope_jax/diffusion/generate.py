@@ -169,9 +169,7 @@ def _loop(
     def one_step(carry: dict, step: Array) -> tuple[dict, Array]:
         x, masked = carry["tokens"], carry["masked"]
         window = jnp.arange(0 if fills_prompt else given, total) if sampler.needs_diffusion else given + step[None]
-        now = tuple(
-            edit.at_step(step, n_steps, prompt=~unknown, masked=masked, just_committed=carry["just_committed"]) for edit in edits
-        )
+        now = tuple(edit.at_step(step, n_steps, prompt=~unknown, masked=masked, just_committed=carry["just_committed"]) for edit in edits)
         logits, taps = forward(x, window, now, collect.sites)
         if sampler.cfg_scale > 0:
             without, _ = forward(jnp.where(unknown, x, mask_id), window, now, ())

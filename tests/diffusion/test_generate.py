@@ -107,8 +107,6 @@ def test_transformer_compiles_once():
     assert _loop._cache_size() == before + 1
 
 
-
-
 @pytest.mark.parametrize("positions", ["all", "prompt", "response", "masked", "just_committed", "masked_prev"])
 def test_positions_are_resolved_every_step(stubs, positions):
     model = stubs.llada

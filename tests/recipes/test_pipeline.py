@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -135,6 +136,30 @@ def test_a_released_dictionary_of_another_layer_is_refused(small_run, model_fold
     pipeline.harvest(run)
     with pytest.raises(UserError, match="resid_post@2.*resid_post@1"):
         pipeline.evaluate(run)
+
+
+def test_released_dictionaries_that_cannot_be_told_apart_or_belong_elsewhere_are_refused(small_run, model_folders, tmp_path):
+    import jax
+
+    spec = TopK(d_in=16, width=24, k=3)
+    for name, trained_on in (("one", "m"), ("two", "m"), ("other", "owner/another-model")):
+        meta = DictionaryMeta(model=trained_on, site="resid_post@1", layer=1)
+        save_dictionary(tmp_path / name, spec, spec.init(jax.random.key(0)), meta)
+    both = tuple(Released(str(tmp_path / name), "resid_post@1") for name in ("one", "two"))
+    run = dataclasses.replace(small_run, models=(model_folders["llada"],), released=both)
+    pipeline.harvest(run)
+    with pytest.raises(UserError, match="two dictionaries of resid_post@1 with k = 3"):
+        pipeline.evaluate(run)
+    with pytest.raises(UserError, match="owner/another-model"):
+        pipeline._check_model("owner/this-model", "sae", "owner/another-model")
+
+
+def test_training_at_a_site_that_was_not_harvested_is_refused(small_run, model_folders):
+    run = dataclasses.replace(small_run, models=(model_folders["llada"],), name="sites")
+    pipeline.harvest(run)
+    elsewhere = dataclasses.replace(run, harvest=dataclasses.replace(run.harvest, sites=("mlp_out@0",)))
+    with pytest.raises(UserError, match="mlp_out@0 was not harvested"):
+        pipeline.train(elsewhere)
 
 
 def one_line(capsys, *arguments: str) -> str:
