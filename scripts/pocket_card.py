@@ -187,8 +187,9 @@ def write_card(card: dict, out: Path) -> None:
     lines += [f"{card['parameters']:,} parameters, {shape}."]
     lines += ["Trained by `scripts/train_pocket.py` on the train side of the built-in corpus (the standard library sources and pydoc"]
     lines += ["topics that `../corpus.json` lists, ten percent seeded synthetic blocks); measured by `scripts/pocket_card.py` on its"]
-    lines += [f"test side. Seed {card['seed']}, {card['steps']:,} steps of {card['tokens_per_step']:,} tokens, the same in the same order"]
-    lines += [f"for all three models, peak learning rate {PEAK[name]:g}; the parameters at the best dev loss. Start: {STARTS[name]}.", ""]
+    length, start = f"{card['steps']:,} steps of {card['tokens_per_step']:,} tokens", STARTS[name]
+    lines += [f"test side. Seed {card['seed']}, {length}, in the one order of the seed"]
+    lines += [f"that all three models share, peak learning rate {PEAK[name]:g}; the parameters at the best dev loss. Start: {start}.", ""]
     lines += ["## Test", ""]
     if "next_token" in card:
         row = card["next_token"]

@@ -62,7 +62,8 @@ def project(x: Float[Array, "*n I"], w: Float[Array, "I O"], precision: jax.lax.
     """``x @ w`` whose weight gradient is one plain product of two materialised matrices.
 
     The automatic rule makes XLA's CPU backend compute the transposed product and recompute what led to the incoming
-    gradient inside a strided copy; this form takes half the time of a training step there and is the same elsewhere.
+    gradient inside a strided copy. Together with the rematerialised attention below this form took about half the time of a
+    training step there (3.4 M parameters); elsewhere the products are the same.
     """
     return jnp.matmul(x, w, precision=precision)
 
