@@ -5,11 +5,11 @@ from types import ModuleType
 from dlmscope_jax.errors import UserError
 
 from . import dream, llada, llama, qwen2
-from .reading import Keys, Tensor
+from .reading import Fused, Keys, Tensor
 
 FAMILIES: dict[str, ModuleType] = {"Dream": dream, "llada": llada, "llama": llama, "qwen2": qwen2}
 
-__all__ = ["FAMILIES", "Keys", "Tensor", "family_of"]
+__all__ = ["FAMILIES", "Fused", "Keys", "Tensor", "family_of"]
 
 
 def family_of(model_type: str, where: str) -> ModuleType:

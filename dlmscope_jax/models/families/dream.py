@@ -1,5 +1,6 @@
 """Dream 7B, Dream-Coder, DiffuCoder: Qwen2's network with bidirectional attention; position i predicts token i + 1."""
 
+from collections.abc import Collection
 from typing import Any
 
 from ..config import DiffusionSpec, ModelConfig
@@ -15,7 +16,7 @@ def read(keys: Keys) -> tuple[ModelConfig, DiffusionSpec]:
     return config, DiffusionSpec(mask_id=mask_id, shift=True)
 
 
-def tensors(config: ModelConfig) -> dict[tuple[str, ...], Tensor]:
+def tensors(config: ModelConfig, names: Collection[str] = frozenset()) -> dict[tuple[str, ...], Tensor]:
     """Our paths -> tensor names."""
     return llama_tensors(config.qkv_bias, config.tied_head)
 

@@ -3,6 +3,7 @@
 ``blocks.N.ff_out`` is the MLP's down projection and ``transformer.ff_out`` the output head: the same leaf name twice.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 from dlmscope_jax.errors import UserError
@@ -54,7 +55,7 @@ def read(keys: Keys) -> tuple[ModelConfig, DiffusionSpec]:
     return config, DiffusionSpec(mask_id=keys.take("mask_token_id", default=MASK_ID, kind=int), shift=False)
 
 
-def tensors(config: ModelConfig) -> dict[tuple[str, ...], Tensor]:
+def tensors(config: ModelConfig, names: Collection[str] = frozenset()) -> dict[tuple[str, ...], Tensor]:
     """Our paths -> tensor names."""
     names = {
         "attn_norm": "attn_norm.weight", "q": "q_proj.weight", "k": "k_proj.weight", "v": "v_proj.weight", "o": "attn_out.weight",

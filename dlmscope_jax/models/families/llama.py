@@ -1,6 +1,7 @@
 """Llama 3, 3.1, 3.2: causal, grouped queries, no biases, llama3 rotary scaling where the config asks for it."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 from ..config import DiffusionSpec, ModelConfig
@@ -41,7 +42,7 @@ def read_llama_like(keys: Keys, family: str, qkv_bias: bool, default_theta: floa
     )
 
 
-def tensors(config: ModelConfig) -> dict[tuple[str, ...], Tensor]:
+def tensors(config: ModelConfig, names: Collection[str] = frozenset()) -> dict[tuple[str, ...], Tensor]:
     """Our paths -> tensor names."""
     return llama_tensors(config.qkv_bias, config.tied_head)
 

@@ -1,5 +1,6 @@
 """Qwen2 and Qwen2.5: Llama's network with biases on the query, key and value projections."""
 
+from collections.abc import Collection
 from typing import Any
 
 from ..config import DiffusionSpec, ModelConfig
@@ -13,7 +14,7 @@ def read(keys: Keys) -> tuple[ModelConfig, None]:
     return read_llama_like(keys, "qwen2", qkv_bias=True, default_theta=10000.0), None
 
 
-def tensors(config: ModelConfig) -> dict[tuple[str, ...], Tensor]:
+def tensors(config: ModelConfig, names: Collection[str] = frozenset()) -> dict[tuple[str, ...], Tensor]:
     """Our paths -> tensor names."""
     return llama_tensors(config.qkv_bias, config.tied_head)
 

@@ -91,16 +91,36 @@ class Keys:
 
 
 @dataclasses.dataclass(frozen=True)
+class Fused:
+    """One of several arrays of ours that share a tensor of a file along its output axis.
+
+    Our output index ``o`` lies at the file's index ``(o // group) * of * group + part * group + o % group``.
+
+    Attributes:
+      part: which of the arrays this one is.
+      of: how many share the tensor.
+      group: how many outputs of one array lie together: all of them, or those of one head.
+    """
+
+    part: int
+    of: int
+    group: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Tensor:
     """Where one of our arrays lies in a file.
 
     Attributes:
       name: the tensor's name, ``{layer}`` standing for the layer's number.
       transposed: True where the file holds ``[out, in]`` and we hold ``[in, out]``.
+      fused: set where the file's tensor holds other arrays of ours too. The output axis of a matrix is the file's rows where it
+        is transposed and the columns where it is not; of a bias it is the only axis.
     """
 
     name: str
     transposed: bool = False
+    fused: Fused | None = None
 
 
 def block_tensors(prefix: str, names: Mapping[str, str]) -> dict[tuple[str, ...], Tensor]:
