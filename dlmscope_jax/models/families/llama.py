@@ -1,18 +1,19 @@
-"""Llama 3, 3.1, 3.2: causal, grouped queries, no biases, llama3 rotary scaling where the config asks for it."""
+"""Llama 3, 3.1, 3.2: causal, grouped queries, llama3 rotary scaling and biases where the config asks for them."""
 
 import dataclasses
 from collections.abc import Collection
 from typing import Any
 
 from ..config import DiffusionSpec, ModelConfig
-from .reading import Keys, Tensor, llama_tensors
+from .reading import Keys, Tensor, block_tensors, llama_tensors
 
 
 def read(keys: Keys) -> tuple[ModelConfig, None]:
-    """Reads a ``config.json`` of model type ``llama``."""
-    keys.expect("attention_bias", False)
-    keys.expect("mlp_bias", False)
-    return read_llama_like(keys, "llama", qkv_bias=False, default_theta=10000.0), None
+    """Reads a ``config.json`` of model type ``llama``; the published models have no biases."""
+    attention_bias = keys.take("attention_bias", default=False, kind=bool)
+    mlp_bias = keys.take("mlp_bias", default=False, kind=bool)
+    config = read_llama_like(keys, "llama", qkv_bias=attention_bias, default_theta=10000.0)
+    return dataclasses.replace(config, out_bias=attention_bias, mlp_bias=mlp_bias), None
 
 
 def read_llama_like(keys: Keys, family: str, qkv_bias: bool, default_theta: float, attention: str = "causal") -> ModelConfig:
@@ -44,13 +45,16 @@ def read_llama_like(keys: Keys, family: str, qkv_bias: bool, default_theta: floa
 
 def tensors(config: ModelConfig, names: Collection[str] = frozenset()) -> dict[tuple[str, ...], Tensor]:
     """Our paths -> tensor names."""
-    return llama_tensors(config.qkv_bias, config.tied_head)
+    biases = {"o_bias": "self_attn.o_proj.bias"} if config.out_bias else {}
+    if config.mlp_bias:
+        biases |= {f"{p}_bias": f"mlp.{p}_proj.bias" for p in ("gate", "up", "down")}
+    return llama_tensors(config.qkv_bias, config.tied_head) | block_tensors("model.layers.{layer}", biases)
 
 
 def write(config: ModelConfig, diffusion: DiffusionSpec | None) -> dict[str, Any]:
     """The ``config.json`` of such a model, in the hub's flat spelling."""
-    kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False, "mlp_bias": False}
-    return kind | write_llama_like(config)
+    kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    return kind | {"attention_bias": config.out_bias, "mlp_bias": config.mlp_bias} | write_llama_like(config)
 
 
 def write_llama_like(config: ModelConfig) -> dict[str, Any]:
