@@ -184,7 +184,10 @@ class _Plan:
             "embed": jnp.zeros((1, model.config.d_model), tree["embed"].dtype),
             "blocks": jax.tree.map(lambda w: w[first:], tree["blocks"]) if first else tree["blocks"],
         }
-        config = dataclasses.replace(model.config, n_layers=model.config.n_layers - first, vocab_size=1, tied_head=True)
+        whole = model.config
+        config = dataclasses.replace(
+            whole, n_layers=whole.n_layers - first, windowed=whole.windowed[first:], vocab_size=1, tied_head=True, head_bias=False
+        )
         smaller = model.clone(config=config)
         return cls(smaller, {"params": upper}, site, None if above else f"resid_pre@{layer}", None if above else f"{name}@0")
 
@@ -291,7 +294,7 @@ def _score(
     hidden, valid = align_logits(hidden.reshape(n_conditions * batch, length, width), model)
     scored = scored & valid
     rows, flat_targets = hidden.reshape(n_conditions, batch * length, width), targets.reshape(-1)
-    head = model.head_matrix(params).astype(hidden.dtype)
+    head = model.output_head(params)
     piece = min(int(np.clip((1 << 21) // model.config.vocab_size, 16, 256)), batch * length)
     order = jnp.argsort(~scored.reshape(-1), stable=True)
     order = jnp.concatenate([order, jnp.full(piece, batch * length)])  # past the end: dropped on writing
@@ -302,7 +305,7 @@ def _score(
         index = jax.lax.dynamic_slice(order, (start,), (piece,))
         index = jnp.where(start + jnp.arange(piece) < n_scored, index, batch * length)
         safe = jnp.minimum(index, batch * length - 1)
-        logits = jnp.matmul(rows[:, safe], head, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+        logits = head.logits(rows[:, safe])
         logp = jax.nn.log_softmax(logits, axis=-1)
         loss = -jnp.take_along_axis(logp, flat_targets[safe][None, :, None], axis=-1)[..., 0]
         kl = jnp.sum(jnp.exp(logp[:1]) * (logp[:1] - logp), axis=-1)

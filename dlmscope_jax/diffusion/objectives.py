@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dlmscope_jax.errors import UserError
+from dlmscope_jax.models import Head
 
 from .corruption import corrupt, stratified_times, training_rates
 
@@ -68,28 +69,24 @@ def token_loss(
     out = model.apply(params, tokens, attention_mask=attention_mask, logits=False, collect=("final_norm",), edits=edits)
     (hidden,) = out.taps["final_norm"].values()
     hidden, valid = align_logits(hidden, model)
-    loss = head_loss(model.head_matrix(params), hidden, targets, chunk)
+    loss = head_loss(model.output_head(params), hidden, targets, chunk)
     return jnp.where(mask & valid, loss, 0.0)
 
 
 def head_loss(
-    head: Float[Array, "D V"],
+    head: Head,
     hidden: Float[Array, "*n D"],
     targets: Int[Array, "*n"],
     chunk: int | None = None,
 ) -> Float[Array, "*n"]:
-    """``logsumexp(hidden @ head) - (hidden @ head)[target]`` in float32, a slice of the vocabulary at a time.
+    """``logsumexp(logits) - logits[target]`` in float32, a slice of the vocabulary at a time.
 
     The logits of a slice are computed again in the backward pass, so a gradient does not keep them either.
     """
-    vocabulary = head.shape[1]
+    vocabulary = head.size
     chunk = chunk or (vocabulary if vocabulary <= DENSE_VOCABULARY else DENSE_VOCABULARY)
-    rows = head.T.astype(hidden.dtype)  # the head is stored by rows: slices of it are contiguous
-    score = lambda part: jnp.einsum(  # noqa: E731
-        "...d,vd->...v", hidden, part, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-    )
     if chunk >= vocabulary:
-        logits = score(rows)
+        logits = head.logits(hidden)
         return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
 
     @jax.checkpoint
@@ -98,7 +95,7 @@ def head_loss(
         # the last slice is moved back to fit; the columns that it repeats do not count again
         start = jnp.minimum(first, vocabulary - chunk)
         column = start + jnp.arange(chunk)
-        logits = score(jax.lax.dynamic_slice_in_dim(rows, start, chunk, axis=0))
+        logits = head.part(start, chunk).logits(hidden)
         logits = jnp.where(column >= first, logits, -jnp.inf)
         total = jnp.logaddexp(total, jax.nn.logsumexp(logits, axis=-1))
         inside = (targets >= first) & (targets < start + chunk)

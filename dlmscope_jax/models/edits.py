@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from dlmscope_jax.errors import UserError
 
-from .sites import BLOCK_SITES, parse_site
+from .sites import BLOCK_SITES, FINAL_SITES, parse_site
 
 KINDS = ("add", "set", "scale", "project_out", "clamp_code", "ablate_code", "replace_by_dictionary")
 DICTIONARY_KINDS = KINDS[4:]
@@ -52,9 +52,11 @@ class Edit:
       kind: one of ``KINDS`` (static).
       site: where it writes, ``"mlp_out@3"``; the layer is split off into ``layer``, which is data.
       value: ``add``: a vector [D], an array [B, T, D] or an object with ``at(x)``; ``set``, ``scale``: an array that
-        broadcasts against [B, T, D]; ``project_out``: a direction [D]; dictionary kinds: an ``InDictionary``.
+        broadcasts against the site's activations (``set`` holds an ``attn_pattern`` or a norm's scale fixed);
+        ``project_out``: a direction [D]; dictionary kinds: an ``InDictionary``, for whom the heads of a per-head site
+        stand one after the other.
       strength: multiplies the change; scalar or [B].
-      positions: one of ``POSITIONS`` (static), or a boolean array [B, T].
+      positions: one of ``POSITIONS`` (static), or a boolean array [B, T]; of ``attn_pattern`` they are the queries.
       schedule: ``"constant"`` or a float array [S], one factor a denoising step.
       read_site: what a dictionary edit encodes, where it differs from ``site`` (a transcoder reads ``mlp_in`` and
         writes ``mlp_out`` of the same layer).
@@ -72,10 +74,9 @@ class Edit:
 
     def __post_init__(self):
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
-        if "@" in self.site or "." in self.site or self.site not in BLOCK_SITES:
+        # a site without its layer has been through here before: jax rebuilds pytrees from their parts
+        if "@" in self.site or "." in self.site or self.site not in BLOCK_SITES and self.layer is None and self.value is not None:
             name, layer = parse_site(self.site)
-            if name not in BLOCK_SITES:
-                raise UserError(f"edit: site {self.site!r} can be read but not edited")
             put("site", name)
             put("layer", jnp.int32(layer))
             if self.kind not in KINDS:
@@ -85,8 +86,8 @@ class Edit:
                 raise UserError(f"edit: kind {self.kind!r} takes {wanted} as value")
             if self.read_site is not None:
                 read, read_layer = parse_site(self.read_site)
-                order = list(BLOCK_SITES)
-                if read_layer != layer or order.index(read) > order.index(name):
+                order = [*BLOCK_SITES, *FINAL_SITES]
+                if read_layer != layer or order.index(read) > order.index(name) or (name in FINAL_SITES and read != name):
                     raise UserError(f"edit: cannot read {self.read_site!r} when writing {name}@{layer}: read earlier in the same block")
                 put("read_site", read)
             if not isinstance(self.value, InDictionary) and not _is_rule(self.value):
@@ -140,14 +141,19 @@ class Edit:
         }[self.positions]
         return self.replace(strength=strength, positions="mask", mask=jnp.broadcast_to(chosen, masked.shape), schedule=None)
 
-    def apply(self, x: Float[Array, "B T D"], read: Float[Array, "B T R"]) -> Float[Array, "B T D"]:
+    def apply(self, x: Float[Array, "B T *_"], read: Float[Array, "B T *_"]) -> Float[Array, "B T *_"]:
         """``x + mask * strength * delta(x)``, with ``read`` for what a dictionary encodes."""
         if self.positions not in ("all", "mask"):
             raise UserError(f"edit: positions {self.positions!r} is resolved during generation; here give 'all' or a boolean array")
+        if isinstance(self.value, InDictionary) and x.ndim == 4:  # a dictionary's rows hold all heads
+            rows = lambda a: a.reshape(*a.shape[:2], -1)  # noqa: E731
+            return self.apply(rows(x), rows(read)).reshape(x.shape)
         factor = jnp.asarray(self.strength, jnp.float32)
-        factor = factor[:, None, None] if factor.ndim == 1 else factor
+        factor = factor.reshape(-1, *[1] * (x.ndim - 1)) if factor.ndim == 1 else factor
         if self.positions == "mask":
-            factor = factor * self.mask[:, :, None].astype(jnp.float32)
+            mask = self.mask.astype(jnp.float32)
+            rest = [1] * (x.ndim - 2)
+            factor = factor * (mask[:, None, :, None] if self.site == "attn_pattern" else mask.reshape(*mask.shape, *rest))
         return (x.astype(jnp.float32) + factor * self._delta(x.astype(jnp.float32), read.astype(jnp.float32))).astype(x.dtype)
 
     def _delta(self, x: Array, read: Array) -> Array:

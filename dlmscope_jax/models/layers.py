@@ -1,27 +1,62 @@
-"""One transformer block and its parts, as functions of arrays and a small Linen module that owns the weights."""
+"""The parts of a transformer block as functions of arrays: norms, rotary positions, linear maps, activations."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from .config import ModelConfig
-from .edits import Edit, apply_edits
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
 
 
-def rms_norm(x: Float[Array, "*n D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*n D"]:
-    """Llama's norm: normalised in float32, rounded to x's dtype, then multiplied by the weight."""
+def norm(
+    x: Float[Array, "*n D"],
+    weight: Float[Array, " D"],
+    bias: Float[Array, " D"] | None,
+    config: ModelConfig,
+    at_scale: Callable[[Array], Array] = lambda scale: scale,
+    modulate: tuple[Array, Array] | None = None,
+    kind: str | None = None,
+) -> Float[Array, "*n D"]:
+    """The model's norm: ``(x - mean) / scale`` in float32, then its affine part; the result in x's dtype.
+
+    Llama rounds before it multiplies by the weight; Gemma (``1 + weight``) and layer norms round last.
+
+    Args:
+      x: what is normed, over its last axis.
+      weight, bias: the affine part.
+      config: which kind of norm, and its epsilon.
+      at_scale: sees the scale ``sqrt(mean(x^2) + eps)``, float32 [..., 1], and may change it: the place of its site.
+      modulate: MDLM's shift and scale, ``y (1 + scale) + shift``.
+      kind: ``"rms"`` or ``"layer"`` where it differs from the config's (query and key heads).
+    """
     wide = x.astype(jnp.float32)
-    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return normed.astype(x.dtype) * weight.astype(x.dtype)
+    if (kind or config.norm) == "layer":
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    scale = at_scale(jnp.sqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + config.norm_eps))
+    normed = wide * (1.0 / scale)
+    if (kind or config.norm) == "rms" and not config.norm_offset:
+        return normed.astype(x.dtype) * weight.astype(x.dtype)
+    normed = normed * (weight.astype(jnp.float32) + (1.0 if config.norm_offset else 0.0))
+    if bias is not None:
+        normed = normed + bias.astype(jnp.float32)
+    if modulate is not None:
+        shift, gain = (m.astype(jnp.float32) for m in modulate)
+        normed = normed * (1.0 + gain) + shift
+    return normed.astype(x.dtype)
 
 
-def rope_tables(position_ids: Int[Array, "B T"], config: ModelConfig) -> tuple[Float[Array, "B T H"], Float[Array, "B T H"]]:
-    """Cosines and sines of the rotary angles, float32, ``H = head_dim`` with the two halves equal (NeoX layout)."""
-    half = config.head_dim // 2
+def rope_tables(position_ids: Int[Array, "B T"], config: ModelConfig) -> tuple[Float[Array, "B T R"], Float[Array, "B T R"]]:
+    """Cosines and sines of the rotary angles, float32, ``R = rotary_dim or head_dim`` with the two halves equal (NeoX layout)."""
+    half = (config.rotary_dim or config.head_dim) // 2
     frequency = 1.0 / (config.rope_theta ** (jnp.arange(half, dtype=jnp.float32) / half))
     if (scaling := config.rope_scaling) is not None:
         wavelength = 2 * math.pi / frequency
@@ -33,23 +68,13 @@ def rope_tables(position_ids: Int[Array, "B T"], config: ModelConfig) -> tuple[F
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x: Float[Array, "B T N H"], cos: Float[Array, "B T H"], sin: Float[Array, "B T H"], in_float32: bool) -> Float[Array, "B T N H"]:
-    """Rotates query or key heads; in float32 and rounded once (LLaDA), or with everything in x's dtype (Llama, Dream)."""
-    dtype = jnp.float32 if in_float32 else x.dtype
-    wide, cos, sin = x.astype(dtype), cos[:, :, None].astype(dtype), sin[:, :, None].astype(dtype)
-    first, second = jnp.split(wide, 2, axis=-1)
-    return (wide * cos + jnp.concatenate([-second, first], axis=-1) * sin).astype(x.dtype)
-
-
-def attention_mask_of(config: ModelConfig, length: int, keep: Bool[Array, "B T"] | None) -> Bool[Array, "#B 1 #T T"] | None:
-    """Which keys each query may see; None where every query sees every key."""
-    mask = None
-    if config.attention == "causal":
-        mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
-    if keep is not None:
-        padding = keep.astype(bool)[:, None, None, :]
-        mask = padding if mask is None else mask & padding
-    return mask
+def rotate(x: Float[Array, "B T N H"], cos: Float[Array, "B T R"], sin: Float[Array, "B T R"], in_float32: bool) -> Float[Array, "B T N H"]:
+    """Rotates the first R dims of query or key heads; in float32 and rounded once (LLaDA), or all in x's dtype (Llama, Dream)."""
+    dtype, width = jnp.float32 if in_float32 else x.dtype, cos.shape[-1]
+    turned, cos, sin = x[..., :width].astype(dtype), cos[:, :, None].astype(dtype), sin[:, :, None].astype(dtype)
+    first, second = jnp.split(turned, 2, axis=-1)
+    turned = (turned * cos + jnp.concatenate([-second, first], axis=-1) * sin).astype(x.dtype)
+    return turned if width == x.shape[-1] else jnp.concatenate([turned, x[..., width:]], axis=-1)
 
 
 def precision_of(dtype: jnp.dtype) -> jax.lax.Precision | None:
@@ -57,12 +82,17 @@ def precision_of(dtype: jnp.dtype) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
+def softcap(x: Float[Array, "*n"], cap: float | None) -> Float[Array, "*n"]:
+    """``cap tanh(x / cap)``, or x without a cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def project(x: Float[Array, "*n I"], w: Float[Array, "I O"], precision: jax.lax.Precision | None) -> Float[Array, "*n O"]:
     """``x @ w`` whose weight gradient is one plain product of two materialised matrices.
 
     The automatic rule makes XLA's CPU backend compute the transposed product and recompute what led to the incoming
-    gradient inside a strided copy. Together with the rematerialised attention below this form took about half the time of a
+    gradient inside a strided copy. Together with the rematerialised attention this form took about half the time of a
     training step there (3.4 M parameters); elsewhere the products are the same.
     """
     return jnp.matmul(x, w, precision=precision)
@@ -82,107 +112,3 @@ def _project_backward(precision: jax.lax.Precision | None, saved: tuple[Array, A
 
 
 project.defvjp(_project_forward, _project_backward)
-
-
-class Block(nn.Module):
-    """One pre-norm block: attention, then a gated MLP, each added to the residual stream.
-
-    Call it with ``Block(config, dtype).apply({"params": weights_of_this_layer}, x, ...)``.
-    """
-
-    config: ModelConfig
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        layer: Int[Array, ""],
-        cos: Float[Array, "B T H"],
-        sin: Float[Array, "B T H"],
-        mask: Bool[Array, "#B 1 #T T"] | None,
-        edits: tuple[Edit, ...],
-        taps: dict[str, Float[Array, "S B T _"]],
-        slots: dict[str, Int[Array, " L"]],
-    ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "S B T _"]]]:
-        """Runs the block.
-
-        Args:
-          x: residual stream.
-          layer: index of this block.
-          cos, sin: rotary tables.
-          mask: which keys each query sees.
-          edits: all edits of the call.
-          taps: buffers that collected sites are written into, one per site name.
-          slots: for each site name, the row of the buffer that each layer writes (the last row is a bin).
-
-        Returns:
-          The new residual stream and the buffers.
-        """
-        cfg, taps, seen = self.config, dict(taps), {}
-        batch, length, _ = x.shape
-        precision = precision_of(self.dtype)
-
-        def weight(name: str, *shape: int, std: float = 0.0) -> Array:
-            init = nn.initializers.normal(std) if std else nn.initializers.ones
-            return self.param(name, init, shape, jnp.float32).astype(self.dtype)
-
-        def linear(name: str, value: Array, width: int, bias: bool = False) -> Array:
-            # what writes to the residual stream starts small, so that the stream's variance stays that of the embedding
-            share = 2 * cfg.n_layers if name in ("o", "down") else 1
-            out = project(value, weight(name, value.shape[-1], width, std=1 / math.sqrt(value.shape[-1] * share)), precision)
-            return out + self.param(f"{name}_bias", nn.initializers.zeros, (width,), jnp.float32).astype(self.dtype) if bias else out
-
-        def site(name: str, value: Array) -> Array:
-            value = apply_edits(edits, name, layer, value, seen)
-            if name in taps:
-                taps[name] = jax.lax.dynamic_update_index_in_dim(taps[name], value.astype(taps[name].dtype), slots[name][layer], 0)
-            seen[name] = value
-            return value
-
-        x = site("resid_pre", x)
-        normed = rms_norm(x, weight("attn_norm", cfg.d_model), cfg.norm_eps)
-        heads = lambda value, n: value.reshape(batch, length, n, cfg.head_dim)  # noqa: E731
-        q = heads(linear("q", normed, cfg.n_heads * cfg.head_dim, cfg.qkv_bias), cfg.n_heads)
-        k = heads(linear("k", normed, cfg.n_kv_heads * cfg.head_dim, cfg.qkv_bias), cfg.n_kv_heads)
-        v = heads(linear("v", normed, cfg.n_kv_heads * cfg.head_dim, cfg.qkv_bias), cfg.n_kv_heads)
-        q, k = rotate(q, cos, sin, cfg.rope_float32), rotate(k, cos, sin, cfg.rope_float32)
-        attended = attend(q, k, v, mask, precision)
-        x = x + site("attn_out", linear("o", attended, cfg.d_model))
-        x = site("resid_mid", x)
-        normed = site("mlp_in", rms_norm(x, weight("mlp_norm", cfg.d_model), cfg.norm_eps))
-        hidden = site("mlp_act", nn.silu(linear("gate", normed, cfg.d_mlp)) * linear("up", normed, cfg.d_mlp))
-        x = x + site("mlp_out", linear("down", hidden, cfg.d_model))
-        return site("resid_post", x), taps
-
-
-def attend(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    mask: Bool[Array, "#B 1 #T T"] | None,
-    precision: jax.lax.Precision | None,
-) -> Float[Array, "B T NH"]:
-    """Grouped-query attention; scores and softmax in float32, heads concatenated.
-
-    On a CPU the sequences of a batch go one after the other, so that the scores of one stay in cache (2 cores, 32 x 256
-    tokens, 3 heads of 64: 21 ms against 83 ms for the whole batch at once); elsewhere the batch is one product.
-    """
-    batch, length, n_heads, width = q.shape
-    q = q.reshape(batch, length, k.shape[2], n_heads // k.shape[2], width)
-
-    def whole(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
-        scores = jnp.einsum("btkgh,bskh->bkgts", q, k, precision=precision, preferred_element_type=jnp.float32) / math.sqrt(width)
-        if mask is not None:
-            scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
-        pattern = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        return jnp.einsum("bkgts,bskh->btkgh", pattern, v, precision=precision)
-
-    def one_by_one(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
-        shared = None if mask is None or mask.shape[0] == batch else mask
-        own = None if shared is not None else mask
-        one = lambda a: whole(a[0][None], a[1][None], a[2][None], shared if a[3] is None else a[3][None])[0]  # noqa: E731
-        return jax.lax.map(jax.checkpoint(one), (q, k, v, own))
-
-    out = jax.lax.platform_dependent(q, k, v, mask, cpu=one_by_one, default=whole)
-    return out.reshape(batch, length, n_heads * width)

@@ -9,10 +9,27 @@ from dlmscope_jax.errors import UserError
 
 AXES: dict[str, tuple[str | None, ...]] = {
     "embed": ("vocab", "embed"),
+    "positions": (None, "embed"),
     "head": ("vocab", "embed"),
+    "head_bias": ("vocab",),
     "final_norm": ("embed",),
+    "final_norm_bias": ("embed",),
+    "sigma_in": (None, None),
+    "sigma_in_bias": (None,),
+    "sigma_out": (None, None),
+    "sigma_out_bias": (None,),
+    "final_adaln": (None, "embed"),
+    "final_adaln_bias": ("embed",),
     "attn_norm": ("layer", "embed"),
+    "attn_norm_bias": ("layer", "embed"),
+    "attn_post_norm": ("layer", "embed"),
     "mlp_norm": ("layer", "embed"),
+    "mlp_norm_bias": ("layer", "embed"),
+    "mlp_post_norm": ("layer", "embed"),
+    "adaln": ("layer", None, "embed"),
+    "adaln_bias": ("layer", "embed"),
+    "q_norm": ("layer", None),
+    "k_norm": ("layer", None),
     "q": ("layer", "embed", "heads"),
     "k": ("layer", "embed", "kv_heads"),
     "v": ("layer", "embed", "kv_heads"),
@@ -20,6 +37,10 @@ AXES: dict[str, tuple[str | None, ...]] = {
     "q_bias": ("layer", "heads"),
     "k_bias": ("layer", "kv_heads"),
     "v_bias": ("layer", "kv_heads"),
+    "o_bias": ("layer", "embed"),
+    "gate_bias": ("layer", "mlp"),
+    "up_bias": ("layer", "mlp"),
+    "down_bias": ("layer", "embed"),
     "gate": ("layer", "embed", "mlp"),
     "up": ("layer", "embed", "mlp"),
     "down": ("layer", "mlp", "embed"),
@@ -42,7 +63,7 @@ def partition_specs(params: Any, mesh: Mesh) -> Any:
         name = path[-1].key
         if name not in AXES:
             raise UserError(f"parameter {jax.tree_util.keystr(path)} has no declared axes")
-        placed = tuple(RULES[axis] if RULES[axis] in mesh.axis_names else None for axis in AXES[name])
+        placed = tuple(RULES.get(axis) if RULES.get(axis) in mesh.axis_names else None for axis in AXES[name])
         for size, axis in zip(leaf.shape, placed, strict=True):
             if axis is not None and size % mesh.shape[axis]:
                 where = jax.tree_util.keystr(path)

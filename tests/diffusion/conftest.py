@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlmscope_jax.models import DiffusionSpec, ModelOutput
+from dlmscope_jax.models import DiffusionSpec, Head, ModelOutput
 from dlmscope_jax.models.edits import apply_edits
 
 
@@ -39,8 +39,8 @@ class Stub:
             weight = np.tril(weight)
         return np.tanh(weight @ (embed[tokens] * real[:, None]) * len(tokens) ** -0.5) @ head.T
 
-    def head_matrix(self, params):
-        return params["head"].T
+    def output_head(self, params):
+        return Head(params["head"])
 
     def unembed(self, params, hidden):
         return hidden @ params["head"].T

@@ -9,7 +9,7 @@ import pytest
 
 from dlmscope_jax.diffusion import align_logits, corrupt, diffusion_loss, elbo, head_loss, next_token_loss, token_loss, training_rates
 from dlmscope_jax.errors import UserError
-from dlmscope_jax.models import DiffusionSpec, ModelOutput
+from dlmscope_jax.models import DiffusionSpec, Head, ModelOutput
 
 
 def _dense(head, hidden, targets):
@@ -24,14 +24,14 @@ def test_head_loss_is_the_same_however_it_is_cut(chunk):
     keys = jax.random.split(jax.random.key(0), 3)
     head, hidden = 4 * jax.random.normal(keys[0], (37, 5)), jax.random.normal(keys[1], (2, 20, 5))
     targets = jax.random.randint(keys[2], (2, 20), 0, 37).at[0, 0].set(36).at[0, 1].set(0)
-    np.testing.assert_allclose(head_loss(head.T, hidden, targets, chunk), _dense(head, hidden, targets), atol=2e-5)
+    np.testing.assert_allclose(head_loss(Head(head), hidden, targets, chunk), _dense(head, hidden, targets), atol=2e-5)
 
 
 def test_head_loss_gradient_is_softmax_minus_one():
     keys = jax.random.split(jax.random.key(1), 3)
     head, hidden = jax.random.normal(keys[0], (37, 5)), jax.random.normal(keys[1], (20, 5))
     targets = jax.random.randint(keys[2], (20,), 0, 37)
-    d_head, d_hidden = jax.grad(lambda w, h: head_loss(w.T, h, targets, 10).sum(), argnums=(0, 1))(head, hidden)
+    d_head, d_hidden = jax.grad(lambda w, h: head_loss(Head(w), h, targets, 10).sum(), argnums=(0, 1))(head, hidden)
     logits = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True) - np.eye(37)[np.asarray(targets)]
     np.testing.assert_allclose(d_head, p.T @ np.asarray(hidden), atol=1e-5)
@@ -41,16 +41,16 @@ def test_head_loss_gradient_is_softmax_minus_one():
 def test_chunked_loss_never_holds_all_logits():
     """[rows, V] does not occur in the compiled program, forward and backward, where the vocabulary is cut."""
     head, hidden, targets = jnp.zeros((4, 9001)), jnp.zeros((123, 4)), jnp.zeros(123, jnp.int32)
-    grad = jax.grad(lambda w, h: head_loss(w, h, targets).sum(), argnums=(0, 1))
+    grad = jax.grad(lambda w, h: head_loss(Head(w), h, targets).sum(), argnums=(0, 1))
     text = jax.jit(grad).lower(head, hidden).as_text()
     assert "123x8192xf32" in text and "123x9001x" not in text
-    assert "123x9001x" in jax.jit(lambda w, h: head_loss(w, h, targets, 9001)).lower(head, hidden).as_text()
+    assert "123x9001x" in jax.jit(lambda w, h: head_loss(Head(w), h, targets, 9001)).lower(head, hidden).as_text()
 
 
 def test_bfloat16_is_scored_in_float32():
     hidden = jax.random.normal(jax.random.key(0), (6, 8)).astype(jnp.bfloat16)
     head = jax.random.normal(jax.random.key(1), (50, 8)).astype(jnp.bfloat16)
-    loss = head_loss(head.T, hidden, jnp.arange(6))
+    loss = head_loss(Head(head), hidden, jnp.arange(6))
     assert loss.dtype == jnp.float32
     np.testing.assert_allclose(loss, _dense(head, hidden, np.arange(6)), atol=1e-5)
 
@@ -120,8 +120,8 @@ class Categorical:
         self.diffusion = DiffusionSpec(0, shift=shift)
         self.p = np.array([0.0, 0.5, 0.3, 0.2])
 
-    def head_matrix(self, params):
-        return params[None]
+    def output_head(self, params):
+        return Head(params[:, None])
 
     def apply(self, params, tokens, attention_mask=None, logits=False, collect=(), edits=()):
         return ModelOutput(logits=None, taps={"final_norm": {1: jnp.ones((*tokens.shape, 1))}})

@@ -148,7 +148,6 @@ def test_edit_mistakes_are_named():
     for make, word in [
         (lambda: Edit("multiply", "resid_post@1", jnp.ones(4)), "multiply"),
         (lambda: Edit("add", "resid_pots@1", jnp.ones(4)), "resid_pots"),
-        (lambda: Edit("add", "final_norm", jnp.ones(4)), "final_norm"),
         (lambda: Edit("add", "resid_post@1", jnp.ones(4), positions="maskd"), "maskd"),
         (lambda: Edit("clamp_code", "resid_post@1", jnp.ones(4)), "InDictionary"),
         (lambda: Edit("replace_by_dictionary", "mlp_in@1", InDictionary(None, None), read_site="mlp_out@1"), "mlp_out@1"),
