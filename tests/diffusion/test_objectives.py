@@ -40,7 +40,7 @@ def test_head_loss_gradient_is_softmax_minus_one():
 
 def test_chunked_loss_never_holds_all_logits():
     """[rows, V] does not occur in the compiled program, forward and backward, where the vocabulary is cut."""
-    head, hidden, targets = jnp.zeros((4, 9001)), jnp.zeros((123, 4)), jnp.zeros(123, jnp.int32)
+    head, hidden, targets = jnp.zeros((9001, 4)), jnp.zeros((123, 4)), jnp.zeros(123, jnp.int32)
     grad = jax.grad(lambda w, h: head_loss(Head(w), h, targets).sum(), argnums=(0, 1))
     text = jax.jit(grad).lower(head, hidden).as_text()
     assert "123x8192xf32" in text and "123x9001x" not in text
