@@ -5,12 +5,14 @@ weights lie as the family publishes them. ``twins_*.py`` offers ``FAMILIES``, na
 and ``TINY``, name -> ``(ModelConfig, DiffusionSpec | None)``.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 VOCAB, WIDTH, LAYERS = 97, 32, 3
@@ -121,9 +123,55 @@ def additive_mask(module: nn.Module, tokens: np.ndarray, keep: np.ndarray | None
     return torch.zeros(mask.shape, dtype=dtype).masked_fill(~torch.tensor(mask), torch.finfo(dtype).min)
 
 
+def causal(module: nn.Module, tokens: np.ndarray, keep: np.ndarray | None = None) -> torch.Tensor:
+    """A forward of transformers under the original's own causal mask."""
+    keep = None if keep is None else torch.tensor(keep).long()
+    return module(torch.tensor(tokens).long(), attention_mask=keep, use_cache=False).logits
+
+
+def bidirectional(module: nn.Module, tokens: np.ndarray, keep: np.ndarray | None = None) -> torch.Tensor:
+    """A forward of transformers with every key visible, by an explicit mask."""
+    return module(torch.tensor(tokens).long(), attention_mask=additive_mask(module, tokens, keep), use_cache=False).logits
+
+
 def shaken(module: nn.Module, size: float = 0.15) -> nn.Module:
     """Moves every parameter, so that no norm weight is one and no bias zero; eval mode."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(size * torch.randn_like(parameter))
     return module.eval()
+
+
+def rename_tensors(folder: Path, rename: Callable[[str], str], buffers: dict[str, torch.Tensor] | None = None) -> None:
+    """Renames the tensors of a saved folder, of one file or many, and adds ``buffers`` to the first file."""
+    buffers = dict(buffers or {})
+    index = folder / "model.safetensors.index.json"
+    where = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors = {rename(name): value for name, value in load_file(file).items()} | buffers
+        where |= dict.fromkeys(tensors, file.name)
+        save_file(tensors, file, metadata={"format": "pt"})
+        buffers = {}
+    if index.exists():
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"weight_map": where}))
+
+
+def edit_config(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Rewrites a folder's ``config.json``."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+def save(module: nn.Module, folder: Path, shard: str | None = None) -> None:
+    """Writes a model of transformers as transformers 5 does."""
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    module.save_pretrained(folder, max_shard_size=shard or "1GB")
+
+
+def flat_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """The hub's spelling of what transformers 5 nests: ``rope_theta``, ``rope_scaling`` and ``torch_dtype``."""
+    config = dict(config)
+    rope = dict(config.pop("rope_parameters"))
+    config |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": config.pop("dtype")}
+    return config | {"rope_scaling": None if rope["rope_type"] == "default" else rope}
