@@ -3,8 +3,10 @@
 from .block import Cache
 from .config import DiffusionSpec, ModelConfig, RopeScaling
 from .edits import Edit, InDictionary
+from .folders import resolve_folder
 from .head import Head, logit_lens
-from .loading import load_model, model_identity, read_model, resolve_folder, save_model
+from .loading import load_model, model_identity, read_model
+from .saving import save_model
 from .sharding import partition_specs
 from .sites import canonical_site, parse_site, site_width, sites_of
 from .transformer import ModelOutput, Transformer, init_params

@@ -1,58 +1,34 @@
-"""Reading and writing models as ordinary Hugging Face folders (``config.json`` and safetensors), without torch."""
+"""Reading models from ordinary Hugging Face folders (``config.json`` and safetensors), here or in a bucket, without torch."""
 
 import hashlib
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from dlmscope_jax.errors import UserError
 
 from .families import Keys, family_of
+from .folders import LocalFolder, RemoteFolder, open_folder
 from .sharding import partition_specs
+from .streaming import load_arrays
 from .transformer import Transformer, init_params
+from .weights import DTYPES, Weights
 
-POCKET = ("pocket-dlm", "pocket-ar", "pocket-dream")
-_PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab*", "merges*", "special_tokens*"]
-
-
-def resolve_folder(name: str | os.PathLike) -> Path:
-    """The folder of a model: a pocket model's, a given one, or a download of a hub id (the only case that needs a network).
-
-    Raises:
-      UserError: when there is no such folder, or the hub does not give it.
-    """
-    text = os.fspath(name)
-    if text in POCKET:
-        return Path(__file__).parent.parent / "pocket" / text
-    if Path(text).is_dir():
-        return Path(text)
-    if text.count("/") != 1 or text.startswith((".", "/", "~")) or Path(text.split("/")[0]).is_dir():
-        raise UserError(f"model {text!r}: no such folder; give a folder, a hub id (OWNER/NAME) or one of {', '.join(POCKET)}")
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.snapshot_download(text, allow_patterns=_PATTERNS))
-    except Exception as error:  # the hub client raises many kinds; all mean the same to the user
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model {text!r}: neither a folder nor to be had from the hub ({reason})") from error
+_HEADS = ("lm_head.weight", "embed_out.weight", "transformer.ff_out.weight")  # files may repeat a tied head
 
 
 def load_model(name: str | os.PathLike, dtype: str = "float32", mesh: Mesh | None = None) -> tuple[Transformer, dict]:
-    """Loads a language model of any supported family.
+    """Loads a language model of any supported family, a few megabytes at a time.
 
     Args:
-      name: a pocket model, a folder or a hub id.
+      name: a pocket model, a folder, a URL (``gs://``, ``s3://``) or a hub id.
       dtype: ``"float32"`` or ``"bfloat16"``, of the parameters and of the computation.
-      mesh: a ``("data", "model")`` mesh: each device reads its own part of each file and no array exists whole.
+      mesh: a ``("data", "model")`` mesh: each process reads the parts that its own devices hold, each part once.
 
     Returns:
       The model and its parameters, ``model.apply(params, tokens)``.
@@ -62,134 +38,100 @@ def load_model(name: str | os.PathLike, dtype: str = "float32", mesh: Mesh | Non
     """
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype {dtype!r} is not supported: 'float32' or 'bfloat16'")
-    folder = resolve_folder(name)
-    model = read_model(folder, dtype)
+    folder = open_folder(name)
+    try:
+        model = _read_model(folder, dtype)
+        params = load_params(model, Weights(folder), mesh)
+    finally:
+        folder.close()
+    return model.clone(mesh=mesh), {"params": params}
+
+
+def load_params(model: Transformer, weights: Weights, mesh: Mesh | None = None) -> dict:
+    """The parameters of a model from the files of its folder: what ``{"params": ...}`` holds; see ``load_model``.
+
+    ``weights.folder.bytes_read`` counts what this process reads.
+    """
+    family, where = family_of(model.config.family, weights.folder.where), weights.folder.where
+    table = family.tensors(model.config, frozenset(weights.tensors))
     abstract = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))["params"]
-    table = family_of(model.config.family, str(folder)).tensors(model.config)
-    files = _Files(folder)
-    leaves = {tuple(p.key for p in path): leaf for path, leaf in jax.tree.leaves_with_path(abstract)}
-    _check(folder, files, table, leaves, model.config.n_layers)
+    leaves = {_path(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(abstract)}
+    _check(where, weights, table, leaves, model.config.n_layers, getattr(family, "IGNORED", ()))
     if mesh is None:
-        shardings = dict.fromkeys(leaves, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+        shardings = dict.fromkeys(leaves, SingleDeviceSharding(jax.local_devices()[0]))
     else:
         specs = partition_specs(abstract, mesh)
-        shardings = {tuple(p.key for p in path): NamedSharding(mesh, spec) for path, spec in jax.tree.leaves_with_path(specs)}
+        shardings = {_path(path): NamedSharding(mesh, spec) for path, spec in jax.tree.leaves_with_path(specs)}
+    together: dict[Any, list[tuple[str, ...]]] = {}  # arrays with rows of a file's tensor in common are read together
+    for path in leaves:
+        shared = table[path].fused is not None and not table[path].transposed and not path[-1].endswith("bias")
+        together.setdefault(table[path].name if shared else path, []).append(path)
     params: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        read = _reader(files, table[path], leaf.shape, path[0] == "blocks", jnp.dtype(dtype))
-        place = params
-        for key in path[:-1]:
-            place = place.setdefault(key, {})
-        place[path[-1]] = jax.make_array_from_callback(leaf.shape, shardings[path], read)
-    return model, {"params": params}
+    for paths in together.values():
+        tensors, shapes, layouts = zip(*((table[path], leaves[path], shardings[path]) for path in paths), strict=True)
+        arrays = load_arrays(weights, tensors, shapes, layouts, paths[0][0] == "blocks", model.dtype)
+        for path, array in zip(paths, arrays, strict=True):
+            place = params
+            for key in path[:-1]:
+                place = place.setdefault(key, {})
+            place[path[-1]] = array
+    return params
 
 
-def read_model(folder: Path, dtype: str = "float32") -> Transformer:
-    """The network that a folder's ``config.json`` describes, without its weights.
+def read_model(name: str | os.PathLike, dtype: str = "float32") -> Transformer:
+    """The network that a ``config.json`` describes, without its weights; ``name`` as in ``load_model``.
 
     Raises:
       UserError: for a missing or unreadable file, an unsupported family, or a key that is not understood.
     """
-    where = folder / "config.json"
-    if not folder.is_dir():
-        raise UserError(f"model folder {folder} does not exist")
+    return _read_model(open_folder(name), dtype)
+
+
+def _read_model(folder: LocalFolder | RemoteFolder, dtype: str) -> Transformer:
+    where = f"{folder.where}/config.json"
+    raw = folder.read("config.json")
+    if raw is None:
+        raise UserError(f"{folder.where} holds no config.json: it is not a model folder")
     try:
-        mapping = json.loads(where.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no config.json: it is not a model folder") from None
+        mapping = json.loads(raw)
     except ValueError as error:
         raise UserError(f"{where} is not valid JSON: {error}") from None
     if not isinstance(mapping, dict):
         raise UserError(f"{where} holds a {type(mapping).__name__}, not the mapping of a model's configuration")
-    keys = Keys(mapping, str(where))
-    config, diffusion = family_of(mapping.get("model_type"), str(where)).read(keys)
+    keys = Keys(mapping, where)
+    architectures = mapping.get("architectures")
+    family = family_of(mapping.get("model_type"), where, architectures if isinstance(architectures, list) else None)
+    config, diffusion = family.read(keys)
     keys.finish()
     return Transformer(config, diffusion, jnp.dtype(dtype))
 
 
-class _Files:
-    """The safetensors of a folder, opened by memory map; one handle a file."""
-
-    def __init__(self, folder: Path):
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(f"{index} is damaged: it should map tensor names to files under weight_map") from None
-        else:
-            names = sorted(p.name for p in folder.glob("*.safetensors"))
-        if not names:
-            raise UserError(f"{folder} holds no .safetensors file")
-        self.of: dict[str, Any] = {}
-        for name in names:
-            try:
-                file = safe_open(folder / name, framework="numpy")
-            except FileNotFoundError:
-                raise UserError(f"{folder}: {name} is named by the index but is not there") from None
-            except SafetensorError as error:
-                raise UserError(f"{folder / name} is damaged or not a safetensors file ({error})") from None
-            self.of.update(dict.fromkeys(file.keys(), file))
-
-    def slice(self, name: str) -> Any:
-        return self.of[name].get_slice(name)
-
-
-def _check(folder: Path, files: _Files, table: dict, leaves: dict, n_layers: int) -> None:
+def _check(where: str, weights: Weights, table: dict, leaves: dict, n_layers: int, ignored: tuple[str, ...]) -> None:
     """Names every missing, unexpected and misshapen tensor in one error."""
     wanted: dict[str, tuple[int, ...]] = {}
-    for path, leaf in leaves.items():
-        tensor, stacked = table[path], path[0] == "blocks"
-        shape = leaf.shape[1:] if stacked else leaf.shape
-        shape = shape[::-1] if tensor.transposed else shape
-        wanted |= {tensor.name.format(layer=i): shape for i in (range(n_layers) if stacked else [0])}
-    ignored = ("rotary_emb.inv_freq",) if ("head",) in table else ("rotary_emb.inv_freq", "lm_head.weight", "transformer.ff_out.weight")
-    problems = [f"missing {name}" for name in wanted if name not in files.of]
-    problems += [f"unexpected {name}" for name in files.of if name not in wanted and not _ends(name, ignored)]
+    for path, shape in leaves.items():
+        stacked = path[0] == "blocks"
+        stored = table[path].stored_shape(shape[1:] if stacked else shape)
+        wanted |= {table[path].name.format(layer=i): stored for i in (range(n_layers) if stacked else [0])}
+    ignored = (*ignored, "rotary_emb.inv_freq") + (() if ("head",) in table else _HEADS)
+    found = weights.tensors
+    problems = [f"missing {name}" for name in wanted if name not in found]
+    problems += [f"unexpected {name}" for name in found if name not in wanted and not _ends(name, ignored)]
     for name, shape in wanted.items():
-        if name in files.of and tuple(files.slice(name).get_shape()) != shape:
-            problems.append(f"{name} has shape {tuple(files.slice(name).get_shape())}, wanted {shape}")
+        if name in found and found[name].shape != shape:
+            problems.append(f"{name} has shape {found[name].shape}, wanted {shape}")
+        if name in found and found[name].dtype not in DTYPES:
+            problems.append(f"{name} has dtype {found[name].dtype}, wanted one of {', '.join(DTYPES)}")
     if problems:
-        raise UserError(f"{folder}: the weights do not fit config.json: {'; '.join(problems)}")
+        raise UserError(f"{where}: the weights do not fit config.json: {'; '.join(problems)}")
 
 
 def _ends(name: str, endings: tuple[str, ...]) -> bool:
     return any(name == e or name.endswith("." + e) for e in endings)
 
 
-def _reader(files: _Files, tensor: Any, shape: tuple[int, ...], stacked: bool, dtype: Any) -> Any:
-    """A function that reads one device's part of one of our arrays; only those bytes are touched."""
-
-    def one(name: str, index: tuple[slice, ...]) -> np.ndarray:
-        index = index[::-1] if tensor.transposed else index
-        part = np.asarray(files.slice(name)[index]).astype(dtype)
-        return part.T if tensor.transposed else part
-
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        if not stacked:
-            return one(tensor.name, index)
-        return np.stack([one(tensor.name.format(layer=i), index[1:]) for i in range(*index[0].indices(shape[0]))])
-
-    return read
-
-
-def save_model(folder: str | os.PathLike, model: Transformer, params: dict, dtype: str = "bfloat16") -> None:
-    """Writes ``config.json`` and ``model.safetensors`` in the family's own layout; the inverse of ``load_model``."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    family = family_of(model.config.family, str(folder))
-    flat = {tuple(p.key for p in path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(params["params"])}
-    out: dict[str, np.ndarray] = {}
-    for path, tensor in family.tensors(model.config).items():
-        layers = enumerate(flat[path]) if path[0] == "blocks" else [(0, flat[path])]
-        for i, value in layers:
-            value = value.T if tensor.transposed else value
-            out[tensor.name.format(layer=i)] = np.ascontiguousarray(value.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype))
-    part = folder / "model.safetensors.part"
-    save_file(out, part, metadata={"format": "pt"})
-    part.chmod(0o644)  # the library makes files that only their owner can read
-    part.rename(folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(family.write(model.config, model.diffusion) | {"torch_dtype": dtype}, indent=2) + "\n")
+def _path(path: tuple) -> tuple[str, ...]:
+    return tuple(key.key for key in path)
 
 
 def model_identity(model: Transformer, params: dict) -> str:

@@ -106,6 +106,16 @@ class Fused:
     of: int
     group: int
 
+    def runs(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Where the outputs ``start .. stop`` lie in the file, as ranges in their order."""
+        found, at = [], start
+        while at < stop:
+            after = min(stop, (at // self.group + 1) * self.group)
+            first = at // self.group * self.of * self.group + self.part * self.group + at % self.group
+            found.append((first, first + after - at))
+            at = after
+        return found
+
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
@@ -121,6 +131,11 @@ class Tensor:
     name: str
     transposed: bool = False
     fused: Fused | None = None
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the file's tensor, for an array of ours of this shape (without the layer axis)."""
+        outputs = shape[-1] * (self.fused.of if self.fused else 1)
+        return (outputs, *shape[:-1]) if self.transposed else (*shape[:-1], outputs)
 
 
 def block_tensors(prefix: str, names: Mapping[str, str]) -> dict[tuple[str, ...], Tensor]:
