@@ -1,16 +1,18 @@
-"""Dream 7B, Dream-Coder, DiffuCoder: Qwen2's network with bidirectional attention; position i predicts token i + 1."""
+"""Dream 7B, Dream-Coder, DiffuCoder, model type ``Dream``: Qwen2's network, bidirectional; position i predicts token i + 1."""
 
 from collections.abc import Collection
 from typing import Any
 
 from ..config import DiffusionSpec, ModelConfig
 from .llama import read_llama_like, write_llama_like
+from .qwen3 import expect_no_window
 from .reading import Keys, Tensor, llama_tensors
 
 
 def read(keys: Keys) -> tuple[ModelConfig, DiffusionSpec]:
     """Reads a ``config.json`` of model type ``Dream``; the mask token stands there, not in ``generation_config.json``."""
-    keys.expect("use_sliding_window", False)
+    expect_no_window(keys)
+    keys.expect("use_mrope", False)
     mask_id = keys.take("mask_token_id", kind=int)
     config = read_llama_like(keys, "dream", qkv_bias=True, default_theta=10000.0, attention="bidirectional")
     return config, DiffusionSpec(mask_id=mask_id, shift=True)
