@@ -16,8 +16,8 @@ IGNORED = ("attn.bias", "attn.masked_bias")
 
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 # dropouts, and what belongs to heads that are not loaded
-_INERT = """attn_pdrop embd_pdrop resid_pdrop n_ctx n_special predict_special_tokens summary_activation summary_first_dropout
-    summary_proj_to_labels summary_type summary_use_proj gradient_checkpointing reorder_and_upcast_attn""".split()
+_INERT = """attn_pdrop embd_pdrop resid_pdrop n_ctx n_special predict_special_tokens output_past summary_activation
+    summary_first_dropout summary_proj_to_labels summary_type summary_use_proj gradient_checkpointing reorder_and_upcast_attn""".split()
 
 
 def read(keys: Keys) -> tuple[ModelConfig, None]:
