@@ -1,0 +1,124 @@
+"""Every published ``config.json`` is read to the same network, as the hub spells it and as transformers 5 rewrites it."""
+
+import json
+import math
+
+import jax
+import pytest
+from published_configs import PUBLISHED
+
+from dlmscope_jax.errors import UserError
+from dlmscope_jax.models import Transformer, init_params, read_model
+from dlmscope_jax.models.families import family_of
+
+IN_TRANSFORMERS = ("llama", "qwen2", "qwen3", "gemma2", "gpt2", "gpt_neox")
+REWRITTEN = [name for name, model in PUBLISHED.items() if model.keys["model_type"] in IN_TRANSFORMERS]
+
+
+def read(folder, keys):
+    (folder / "config.json").write_text(json.dumps(keys))
+    model = read_model(folder)
+    return model.config, model.diffusion
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_hub_spelling(name, tmp_path):
+    model = PUBLISHED[name]
+    assert read(tmp_path, model.keys) == (model.config, model.diffusion)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_number_of_parameters(name):
+    model = PUBLISHED[name]
+    shapes = jax.eval_shape(lambda: init_params(Transformer(model.config, model.diffusion), jax.random.key(0)))
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == model.parameters
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_parameter_has_a_tensor(name):
+    model = PUBLISHED[name]
+    shapes = jax.eval_shape(lambda: init_params(Transformer(model.config, model.diffusion), jax.random.key(0)))["params"]
+    paths = {tuple(p.key for p in path) for path, _ in jax.tree.leaves_with_path(shapes)}
+    assert paths == set(family_of(model.config.family, name).tensors(model.config))
+
+
+@pytest.mark.parametrize("name", REWRITTEN)
+def test_transformers_spelling(name, tmp_path):
+    """Nested ``rope_parameters``, ``dtype``, ``layer_types`` and a hundred defaults: in full, and as it saves them."""
+    from transformers import AutoConfig
+
+    model = PUBLISHED[name]
+    kind = model.keys["model_type"]
+    rewritten = AutoConfig.for_model(kind, **{k: v for k, v in model.keys.items() if k != "model_type"})
+    assert read(tmp_path, rewritten.to_dict())[0] == model.config
+    rewritten.save_pretrained(tmp_path)
+    assert "rope_theta" not in json.loads((tmp_path / "config.json").read_text())
+    assert read_model(tmp_path).config == model.config
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_is_written_is_read_back(name, tmp_path):
+    model = PUBLISHED[name]
+    written = family_of(model.config.family, name).write(model.config, model.diffusion)
+    assert written["model_type"] == model.keys["model_type"]
+    assert read(tmp_path, written) == (model.config, model.diffusion)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_key_that_nobody_knows_is_refused(name, tmp_path):
+    with pytest.raises(UserError, match="attention_sinks"):
+        read(tmp_path, PUBLISHED[name].keys | {"attention_sinks": 4})
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "word"),
+    [
+        ("gemma-2-2b", {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
+        ("gemma-2-2b", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma-2-2b", {"layer_types": ["full_attention"] * 25}, "25 entries for 26 layers"),
+        ("gemma-2-2b", {"layer_types": ["chunked_attention"] * 26}, "'chunked_attention'"),
+        ("Qwen3-0.6B", {"attention_bias": True}, "attention_bias is True"),
+        ("Qwen3-0.6B", {"use_sliding_window": True}, "use_sliding_window is True"),
+        ("Qwen3-0.6B", {"layer_types": ["sliding_attention"] * 28}, "'sliding_attention'"),
+        ("SDAR-4B-Chat", {"block_size": 0}, "block_size is 0"),
+        ("Fast_dLLM_v2_7B", {"layer_types": ["sliding_attention"] * 28}, "'sliding_attention'"),
+        ("Fast_dLLM_v2_7B", {"bd_size": "32"}, "bd_size is '32'"),
+        ("mdlm-owt", {"time_conditioning": True}, "time_conditioning is True"),
+        ("mdlm-owt", {"cond_dim": None}, "'cond_dim' is missing"),
+        ("mdlm-owt", {"n_heads": 7}, "not divisible by n_heads 7"),
+        ("iLLaDA-8B-Base", {"layer_norm_eps": 1e-5}, "layer_norm_eps"),
+        ("iLLaDA-8B-Base", {"rope_theta": None}, "'rope_theta' is missing"),
+        ("Dream-v0-Base-7B", {"mask_token_id": None}, "'mask_token_id' is missing"),
+        ("Dream-v0-Base-7B", {"use_mrope": True}, "use_mrope"),
+    ],
+)
+def test_another_network_is_refused(name, changes, word, tmp_path):
+    with pytest.raises(UserError, match=word):
+        read(tmp_path, PUBLISHED[name].keys | changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        ("gemma-2-2b", ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window", "head_dim", "query_pre_attn_scalar")),
+        ("Qwen3-8B", ("head_dim", "tie_word_embeddings", "rms_norm_eps")),
+        ("SDAR-4B-Chat", ("block_size", "mask_token_id", "head_dim")),
+        ("Fast_dLLM_v2_7B", ("bd_size", "layer_types")),
+    ],
+)
+def test_missing_keys_mean_the_published_default(name, missing, tmp_path):
+    model = PUBLISHED[name]
+    keys = {k: v for k, v in model.keys.items() if k not in missing}
+    assert read(tmp_path, keys) == (model.config, model.diffusion)
+
+
+def test_null_switches_a_soft_cap_or_a_window_off(tmp_path):
+    nothing = {"attn_logit_softcapping": None, "final_logit_softcapping": None, "sliding_window": None}
+    config, _ = read(tmp_path, PUBLISHED["gemma-2-2b"].keys | nothing)
+    assert (config.attention_softcap, config.logit_softcap, config.window, config.windowed) == (None, None, None, ())
+
+
+def test_layer_types_say_which_layers_have_the_window(tmp_path):
+    types = ["full_attention"] * 20 + ["sliding_attention"] * 6
+    config, _ = read(tmp_path, PUBLISHED["gemma-2-2b"].keys | {"layer_types": types})
+    assert config.windowed == (False,) * 20 + (True,) * 6
