@@ -5,7 +5,6 @@ A new prompt, key, edit value, strength, layer or schedule runs the program that
 sampler or set of collected sites compiles a new one.
 """
 
-import dataclasses
 from functools import partial
 from typing import Any
 
@@ -13,53 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Int, Key
 
 from dlmscope_jax.errors import UserError
 from dlmscope_jax.models.edits import Edit
 from dlmscope_jax.models.sites import parse_site
 
 from .objectives import predicts_next
-from .samplers import LLaDASampler, Sampler
-
-
-@dataclasses.dataclass(frozen=True)
-class Collect:
-    """Which activations to keep: sites, and, to save memory, some of the steps and positions.
-
-    Attributes:
-      sites: ``("resid_post@5", ...)``.
-      steps: 0-based steps in increasing order, None for all.
-      positions: positions in prompt plus response, None for all.
-    """
-
-    sites: tuple[str, ...]
-    steps: tuple[int, ...] | None = None
-    positions: tuple[int, ...] | None = None
-
-
-@struct.dataclass
-class Trace:
-    """What happened during a generation; S steps, a prompt of P tokens, N new ones.
-
-    A token is *given* when it stands in the prompt and is not the mask; every other one is *generated*.
-
-    Attributes:
-      tokens: [B, P + N] the result.
-      history: [S + 1, B, P + N]; entry s is what the model read at step s, entry S is the result. An autoregressive
-        model's tokens that are not written yet are shown as the padding token (0 where it has none).
-      commit_step: [B, P + N] the step that wrote a token: -1 for a given one, 0..S-1, and S where nothing was written
-        (or only the mask itself, which a model may predict).
-      confidence: [B, P + N] float32, the sampler's confidence in a token when it wrote it; 0 where it wrote none.
-      taps: ``{"resid_post": {5: [S, B, P + N, D]}}``, entry s from the forward pass that read ``history[s]`` (with
-        guidance the conditional one); S and P + N are the chosen steps and positions where ``Collect`` names them.
-    """
-
-    tokens: Int[Array, "B T"]
-    history: Int[Array, "S1 B T"]
-    commit_step: Int[Array, "B T"]
-    confidence: Float[Array, "B T"]
-    taps: dict[str, dict[int, Array]]
+from .samplers import ParallelSampler, Sampler
+from .trace import Collect, Progress, Taps, Trace
 
 
 def generate(
@@ -72,7 +33,7 @@ def generate(
     edits: tuple[Edit, ...] = (),
     collect: tuple[str, ...] | Collect = (),
 ) -> Trace:
-    """Continues (or fills in) a prompt, step by step.
+    """Continues (or fills in) a prompt, step by step, until every row is done.
 
     Step s draws from ``fold_in(key, s)``. Edits are resolved at every step: their schedule is over the S steps,
     ``"prompt"`` and ``"response"`` are the given and the generated tokens, ``"masked"`` those still unknown in what the
@@ -82,7 +43,8 @@ def generate(
       model: the language model.
       params: its parameters.
       prompt: token ids; masks in it are filled too. Prompts of unequal length are padded on the left.
-      sampler: ``LLaDASampler``, ``DreamSampler`` or ``ARSampler``.
+      sampler: ``LLaDASampler``, ``DreamSampler``, ``MDLMSampler``, ``DiffuGPTSampler`` or ``ParallelSampler`` for a
+        diffusion model, ``ARSampler`` for an autoregressive one.
       key: random key; needed by samplers that draw.
       attention_mask: True at the prompt's real tokens.
       edits: changes to activations; an array of positions covers prompt and response, [B, P + N].
@@ -92,12 +54,7 @@ def generate(
       UserError: when sampler and model do not fit, a key is missing, the prompt is malformed, padded on the right or
         empty where the model needs a first token, or a site, step, position or edit mask does not exist.
     """
-    if sampler.needs_diffusion and model.diffusion is None:
-        raise UserError(f"{type(sampler).__name__} needs a diffusion model; this one is autoregressive: use ARSampler")
-    if not sampler.needs_diffusion and model.diffusion is not None:
-        raise UserError(f"{type(sampler).__name__} needs an autoregressive model; this one diffuses: use LLaDASampler or DreamSampler")
-    if key is None and sampler.needs_key:
-        raise UserError(f"{type(sampler).__name__} with these settings draws random numbers: give generate a key")
+    _check_sampler(model, sampler, key)
     prompt = jnp.asarray(prompt)
     if prompt.ndim != 2 or not jnp.issubdtype(prompt.dtype, jnp.integer):
         raise UserError(f"generate: the prompt is {prompt.dtype}{list(prompt.shape)}: give token ids [rows, positions]")
@@ -122,6 +79,74 @@ def generate(
     return _loop(model, sampler, collect, given, fills_prompt, params, tokens, key, attention_mask, edits)
 
 
+@struct.dataclass
+class Text:
+    """What does not change while a text is generated.
+
+    Attributes:
+      attention_mask: [B, T] True at real tokens, None where all are.
+      position_ids: [B, T] None for the model's own.
+      origin: [] or [B, 1], the position from which a sampler counts places: where the prompt ends, or, for samplers that
+        follow a block-causal model's blocks, where the block begins that the prompt ends in.
+    """
+
+    attention_mask: Any
+    position_ids: Any
+    origin: Any
+
+    @classmethod
+    def of(cls, model: Any, sampler: Sampler, attention_mask: Bool[Array, "B P"] | None, rows: int, given: int) -> "Text":
+        origin: Any = given
+        if sampler.model_blocks and model.config.attention == "block_causal":
+            real = given if attention_mask is None else attention_mask.sum(axis=1, keepdims=True, dtype=jnp.int32)
+            origin = given - real % model.config.block_length
+        if attention_mask is None:
+            return cls(None, None, origin)
+        mask = jnp.concatenate([attention_mask, jnp.ones((rows, sampler.length), bool)], axis=1)
+        # LLaDA has no position ids: it counts padding
+        ids = None if model.config.family == "llada" else jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        return cls(mask, ids, origin)
+
+
+def read_text(
+    model: Any,
+    params: Any,
+    sampler: Sampler,
+    text: Text,
+    progress: Progress,
+    window: Int[Array, " W"],
+    edits: tuple[Edit, ...],
+    collect: Collect,
+) -> tuple[Array, Taps]:
+    """A forward pass over the whole text.
+
+    Returns:
+      Aligned float32 logits [B, W, V] of the tokens in ``window``, with guidance and without the mask where the sampler
+      says so, and the chosen activations.
+    """
+
+    def forward(tokens: Array, sites: tuple[str, ...]) -> tuple[Array, Taps]:
+        source = jnp.maximum(window - 1, 0) if predicts_next(model) else window  # as align_logits has it
+        out = model.apply(
+            params,
+            tokens,
+            attention_mask=text.attention_mask,
+            position_ids=text.position_ids,
+            logits=jnp.broadcast_to(source, (tokens.shape[0], source.shape[0])),
+            collect=sites,
+            edits=edits,
+        )
+        return out.logits.astype(jnp.float32), out.taps
+
+    logits, taps = forward(progress.tokens, collect.sites)
+    if sampler.cfg_scale > 0:
+        without, _ = forward(jnp.where(progress.given, model.diffusion.mask_id, progress.tokens), ())
+        logits = without + (sampler.cfg_scale + 1.0) * (logits - without)
+    if sampler.drops_mask:
+        logits = logits.at[..., model.diffusion.mask_id].set(-jnp.inf)
+    return logits, collect.pick(taps)
+
+
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _loop(
     model: Any,
@@ -135,79 +160,64 @@ def _loop(
     attention_mask: Array | None,
     edits: tuple[Edit, ...],
 ) -> Trace:
-    """The compiled part of ``generate``: a scan over the steps."""
+    """The compiled part of ``generate``: a scan over the steps, each of which runs only while there is something to do."""
     rows, total = tokens.shape
     n_steps = sampler.n_steps
     mask_id = model.diffusion.mask_id if sampler.needs_diffusion else None
     unknown = tokens == mask_id if sampler.needs_diffusion else jnp.broadcast_to(jnp.arange(total) >= given, tokens.shape)
-    if attention_mask is not None:
-        attention_mask = jnp.concatenate([attention_mask, jnp.ones((rows, total - given), bool)], axis=1)
-    position_ids = None
-    if attention_mask is not None and not isinstance(sampler, LLaDASampler):  # LLaDA counts padding, the others do not
-        position_ids = jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
+    text = Text.of(model, sampler, attention_mask, rows, given)
+    stops = sampler.stops(model.config)
+    reuses = sampler.reuses_logits and all(edit.schedule is None and edit.positions != "just_committed" for edit in edits)
+    kept = jnp.asarray(collect.slots(n_steps) >= 0 if collect.sites else np.zeros(n_steps, bool))
 
-    steps = range(n_steps) if collect.steps is None else collect.steps
-    slot = np.full(n_steps, len(steps), np.int32)
-    slot[list(steps)] = np.arange(len(steps))
+    def run(progress: Progress, last: Any, step: Array, window: Array) -> tuple:
+        def forward() -> tuple:
+            now = progress.edits(edits, step, n_steps)
+            return *read_text(model, params, sampler, text, progress, window, now, collect), jnp.int32(1 + (sampler.cfg_scale > 0))
 
-    def forward(x: Array, window: Array, edits: tuple[Edit, ...], sites: tuple[str, ...]) -> tuple[Array, dict]:
-        source = jnp.maximum(window - 1, 0) if predicts_next(model) else window  # as align_logits has it
-        out = model.apply(
-            params,
-            x,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            logits=jnp.broadcast_to(source, (rows, source.shape[0])),
-            collect=sites,
-            edits=edits,
-        )
-        return out.logits.astype(jnp.float32), out.taps
+        if reuses:
+            nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(forward)[1])
+            unchanged = (step > 0) & ~progress.just_committed.any() & ~kept[step]
+            logits, taps, ran = jax.lax.cond(unchanged, lambda: (last, nothing, jnp.int32(0)), forward)
+        else:
+            logits, taps, ran = forward()
+        proposal = sampler.propose(step, logits, progress.masked[:, window], window - text.origin, jax.random.fold_in(key, step))
+        return proposal, taps, ran, logits if reuses else ()
 
-    def pick(tap: Array) -> Array:
-        return tap if collect.positions is None else tap[:, np.array(collect.positions)]
-
-    def one_step(carry: dict, step: Array) -> tuple[dict, Array]:
-        x, masked = carry["tokens"], carry["masked"]
+    def one_step(carry: tuple, step: Array) -> tuple[tuple, Array]:
+        progress, buffers, forwards, last = carry
         window = jnp.arange(0 if fills_prompt else given, total) if sampler.needs_diffusion else given + step[None]
-        now = tuple(edit.at_step(step, n_steps, prompt=~unknown, masked=masked, just_committed=carry["just_committed"]) for edit in edits)
-        logits, taps = forward(x, window, now, collect.sites)
-        if sampler.cfg_scale > 0:
-            without, _ = forward(jnp.where(unknown, x, mask_id), window, now, ())
-            logits = without + (sampler.cfg_scale + 1.0) * (logits - without)
+        busy = sampler.pending(progress.masked[:, window], window - text.origin).any()
+        work = partial(run, progress, last, step, window)
+        idle = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(work))  # noqa: E731
+        proposal, taps, ran, last = jax.lax.cond(busy, work, idle)
+        buffers = collect.keep(buffers, taps, step, n_steps)
+        return (progress.write(step, window, proposal, mask_id, stops), buffers, forwards + ran, last), progress.tokens
 
-        chosen, write, confidence = sampler.propose(step, logits, masked[:, window], window - given, jax.random.fold_in(key, step))
-        chosen = chosen.astype(x.dtype)
-        committed = write & (chosen != mask_id) if sampler.needs_diffusion else write
-        place = lambda whole, part, where: whole.at[:, window].set(jnp.where(where, part, whole[:, window]))  # noqa: E731
-        tokens = place(x, chosen, write)
-        just_committed = place(jnp.zeros_like(masked), True, committed)
-        keep = lambda buffer, tap: jax.lax.dynamic_update_index_in_dim(buffer, pick(tap), jnp.asarray(slot)[step], 0)  # noqa: E731
-        return {
-            "tokens": tokens,
-            "masked": masked & ~just_committed,
-            "just_committed": just_committed,
-            "commit_step": place(carry["commit_step"], step, committed),
-            "confidence": place(carry["confidence"], confidence, committed),
-            "taps": jax.tree.map(keep, carry["taps"], taps),
-        }, x
+    progress = Progress.begin(tokens, unknown, n_steps)
+    first = jnp.arange(0 if fills_prompt else given, total) if sampler.needs_diffusion else jnp.array([given])
+    shapes = jax.eval_shape(lambda: read_text(model, params, sampler, text, progress, first, (), collect))
+    last = jnp.zeros(shapes[0].shape, jnp.float32) if reuses else ()
+    carry = (progress, collect.buffers(shapes[1], n_steps), jnp.int32(0), last)
+    (progress, buffers, forwards, _), history = jax.lax.scan(one_step, carry, jnp.arange(n_steps, dtype=jnp.int32))
+    return progress.trace(history, buffers, forwards)
 
-    shapes = jax.eval_shape(lambda: jax.tree.map(pick, forward(tokens, jnp.arange(1), (), collect.sites)[1]))
-    carry = {
-        "tokens": tokens,
-        "masked": unknown,
-        "just_committed": jnp.zeros_like(unknown),
-        "commit_step": jnp.where(unknown, jnp.int32(n_steps), jnp.int32(-1)),
-        "confidence": jnp.zeros(tokens.shape, jnp.float32),
-        "taps": jax.tree.map(lambda tap: jnp.zeros((len(steps) + 1, *tap.shape), tap.dtype), shapes),
-    }
-    carry, history = jax.lax.scan(one_step, carry, jnp.arange(n_steps, dtype=jnp.int32))
-    return Trace(
-        tokens=carry["tokens"],
-        history=jnp.concatenate([history, carry["tokens"][None]]),
-        commit_step=carry["commit_step"],
-        confidence=carry["confidence"],
-        taps=jax.tree.map(lambda buffer: buffer[:-1], carry["taps"]),
-    )
+
+def _check_sampler(model: Any, sampler: Sampler, key: Array | None) -> None:
+    """Raises when a sampler cannot run on a model."""
+    who = type(sampler).__name__
+    if sampler.needs_diffusion and model.diffusion is None:
+        raise UserError(f"{who} needs a diffusion model; this one is autoregressive: use ARSampler")
+    if not sampler.needs_diffusion and model.diffusion is not None:
+        raise UserError(f"{who} needs an autoregressive model; this one diffuses: use LLaDASampler or DreamSampler")
+    if key is None and sampler.needs_key:
+        raise UserError(f"{who} with these settings draws random numbers: give generate a key")
+    if isinstance(sampler, ParallelSampler):
+        if sampler.cache != "none":
+            raise UserError(f"{who}: cache {sampler.cache!r} is not available yet: use 'none'")
+        if model.config.attention == "block_causal" and model.config.block_length % sampler.block_length:
+            whole = model.config.block_length
+            raise UserError(f"{who}: block_length {sampler.block_length} must divide this block-causal model's {whole}")
 
 
 def _checked(collect: tuple[str, ...] | Collect, model: Any, sampler: Sampler, total: int) -> Collect:

@@ -22,7 +22,7 @@ def transfer_counts(masks: int, steps: int) -> np.ndarray:
 
 
 def dream_timesteps(steps: int, eps: float = 1e-3) -> np.ndarray:
-    """Dream's times from 1 down to ``eps``, [steps + 1] float32, by the scalar formula of ``torch.linspace(1, eps, steps + 1)``.
+    """Dream's (and MDLM's) times from 1 down to ``eps``, [steps + 1] float32, as ``torch.linspace(1, eps, steps + 1)`` has them.
 
     torch fills the second half from the end; ``np.linspace`` does not, and gives other counts for some lengths. torch's
     own values vary in the last bit with the vector width of the processor; the counts do not (see the tests).
@@ -53,3 +53,12 @@ def dream_counts(masks: int, steps: int, eps: float = 1e-3) -> np.ndarray:
         counts.append(int(np.float32(left) * fraction))
         left -= counts[-1]
     return np.array(counts, np.int32)
+
+
+def mdlm_stays(steps: int, eps: float = 1e-5) -> np.ndarray:
+    """Probability ``s / t`` with which a masked token stays masked at each of MDLM's steps, [steps] float32.
+
+    t as in ``dream_timesteps``; s is ``t - (1 - eps) / steps`` and not the next t, which may differ in the last bit.
+    """
+    times = dream_timesteps(steps, eps)[:-1]
+    return np.maximum(times - np.float32((1 - eps) / steps), np.float32(0.0)) / times

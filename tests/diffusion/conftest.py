@@ -1,6 +1,9 @@
-"""A small language model without layers, so that samplers and losses are tested apart from the transformer."""
+"""A small language model without layers, so that samplers and losses are tested apart from the transformer, and what
+references of samplers share.
+"""
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -8,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlmscope_jax.models import DiffusionSpec, Head, ModelOutput
+from dlmscope_jax.models import DiffusionSpec, Head, ModelConfig, ModelOutput
 from dlmscope_jax.models.edits import apply_edits
 
 
@@ -21,7 +24,8 @@ class Stub:
 
     def __init__(self, vocab: int = 23, length: int = 64, diffusion: DiffusionSpec | None = None, seed: int = 0):
         self.diffusion = diffusion
-        self.config = SimpleNamespace(vocab_size=vocab, n_layers=1, pad_id=2)
+        attention = "bidirectional" if diffusion else "causal"
+        self.config = ModelConfig("stub", vocab, 16, 1, 1, 1, 16, 16, 1e-5, 1e4, length, attention, pad_id=2)
         self.traces = 0
         keys = jax.random.split(jax.random.key(seed), 3)
         self.params = {
@@ -63,6 +67,82 @@ class Stub:
         if logits is not False and logits is not True:
             x = jnp.take_along_axis(x, logits[:, :, None], axis=1)
         return ModelOutput(logits=None if logits is False else self.unembed(params, x), taps=taps)
+
+
+MASK = 3
+
+
+def softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    e = np.exp(logits - logits.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def first_best(conf, n):
+    """Indices of the n highest; ties resolve to the lowest index."""
+    return sorted(range(len(conf)), key=lambda i: (-conf[i], i))[:n]
+
+
+def nucleus(logits, top_p):
+    """A row of logits with everything at -1e300 that is not needed for a probability above ``top_p``."""
+    by_size = np.argsort(-logits, kind="stable")
+    over = np.concatenate([[False], np.cumsum(softmax(logits)[by_size])[:-1] > top_p])
+    kept = logits.copy()
+    kept[by_size[over]] = -1e300
+    return kept
+
+
+def prompts(seed, rows, length, masks=0):
+    """Prompts of different lengths, padded on the left, with the mask of real tokens; ``masks`` of them unknown."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(4, 23, size=(rows, length)).astype(np.int32)
+    keep = np.arange(length)[None] >= rng.integers(0, length - 3, size=(rows, 1))
+    keep[0] = True
+    tokens = np.where(keep, tokens, 2).astype(np.int32)
+    for row in range(rows):
+        tokens[row, rng.choice(np.arange(length - 3, length), size=masks, replace=False)] = MASK
+    return tokens, keep
+
+
+def gumbel(key, shape):
+    return jax.random.gumbel(key, shape, mode="high")
+
+
+@functools.cache
+def _drawer(draw, shape):
+    return jax.jit(lambda key: draw(key, shape))
+
+
+def draws(draw, key, which, rows, first, steps, total, *rest):
+    """What a sampler draws, [rows, S, T, ...]: ``fold_in(key, step)``, split into tokens (0) and order (1), or (None) not split."""
+    drawn = np.zeros((rows, steps, total, *rest))
+    for step in range(steps):
+        folded = jax.random.fold_in(key, step)
+        drawn[:, step, first:] = _drawer(draw, (rows, total - first, *rest))(folded if which is None else jax.random.split(folded)[which])
+    return drawn
+
+
+def compare(trace, row, reference):
+    """A row of a trace with what a reference returns: tokens, history, steps of commits, confidences."""
+    tokens, history, when, conf = reference
+    np.testing.assert_array_equal(trace.history[:, row], history)
+    np.testing.assert_array_equal(trace.tokens[row], tokens)
+    np.testing.assert_array_equal(trace.commit_step[row], when)
+    np.testing.assert_allclose(trace.confidence[row], conf, atol=2e-5)
+
+
+def busy_steps(history, places=slice(None)):
+    """How many steps of a trace read a text in which a mask was left at ``places``."""
+    return int((np.asarray(history)[:-1, :, places] == MASK).any(axis=(1, 2)).sum())
+
+
+@pytest.fixture(scope="session")
+def ref() -> SimpleNamespace:
+    """What references of samplers share; they work in float64, a row at a time, and know nothing of the package."""
+    return SimpleNamespace(
+        softmax=softmax, first_best=first_best, nucleus=nucleus, prompts=prompts, gumbel=gumbel, draws=draws, compare=compare,
+        busy_steps=busy_steps,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass
