@@ -5,22 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import twins
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
-from twins import (
-    LAYERS, MASK, VOCAB, WIDTH, Tape, Twin, bidirectional, causal, edit_config, heads, layer_scale, recorded, rename_tensors, save, shaken,
-)  # fmt: skip
+from twins import Tape, Twin
 
 SHAPE = {
-    "vocab_size": VOCAB, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": 4, "n_inner": 48, "n_positions": 64, "bos_token_id": 0,
-    "eos_token_id": 1, "pad_token_id": 2, "attn_implementation": "eager",
+    "vocab_size": twins.VOCAB, "n_embd": twins.WIDTH, "n_layer": twins.LAYERS, "n_head": 4, "n_inner": 48, "n_positions": 64,
+    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "attn_implementation": "eager",
 }  # fmt: skip
 
 
 def attach(module: nn.Module, tape: Tape) -> None:
     """Hooks at every site."""
-    cfg, scale = module.config, layer_scale(module.config.layer_norm_epsilon)
-    split = heads(cfg.n_head)
+    cfg, scale = module.config, twins.layer_scale(module.config.layer_norm_epsilon)
+    split = twins.heads(cfg.n_head)
     third = lambda part: lambda x: split(x[..., part * cfg.n_embd : (part + 1) * cfg.n_embd])  # noqa: E731
     for i, layer in enumerate(module.transformer.h):
         tape.read(layer.ln_1, i, resid_pre=None, attn_norm_scale=scale)
@@ -42,41 +41,42 @@ def attach(module: nn.Module, tape: Tape) -> None:
 def _hub(config: dict[str, Any]) -> dict[str, Any]:
     """The published spelling; its files also say how to summarise and that they could generate."""
     old = {"n_ctx": config["n_positions"], "torch_dtype": config["dtype"], "task_specific_params": {"text-generation": {"max_length": 50}}}
-    return {k: v for k, v in config.items() if k not in ("dtype", "tie_word_embeddings", "pad_token_id")} | old
+    new = {"dtype", "pad_token_id"} | ({"tie_word_embeddings"} if config["tie_word_embeddings"] else set())
+    return {k: v for k, v in config.items() if k not in new} | old
 
 
 def _gpt2_folder(module: nn.Module, folder: Path, shard: str | None = None) -> None:
     """As on the hub: no prefix, and the causal mask as a buffer of each layer."""
-    save(module, folder, shard)
+    twins.save(module, folder, shard)
     mask = torch.tril(torch.ones(64, 64))[None, None]
-    buffers = {f"h.{i}.attn.bias": mask.clone() for i in range(LAYERS)} | {"h.0.attn.masked_bias": torch.tensor(-1e4)}
-    rename_tensors(folder, lambda name: name.removeprefix("transformer."), buffers)
-    edit_config(folder, lambda config: _hub(config) | {"pad_token_id": module.config.pad_token_id})
+    buffers = {f"h.{i}.attn.bias": mask.clone() for i in range(twins.LAYERS)} | {"h.0.attn.masked_bias": torch.tensor(-1e4)}
+    twins.rename_tensors(folder, lambda name: name.removeprefix("transformer."), buffers)
+    twins.edit_config(folder, lambda config: _hub(config) | {"pad_token_id": module.config.pad_token_id})
 
 
 def _diffugpt_folder(module: nn.Module, folder: Path, shard: str | None = None) -> None:
     """As its wrapper saves it: the embedding apart, the rest of the network under ``denoise_model``."""
     names = {"transformer.wte.weight": "embed_tokens.weight"}
-    save(module, folder, shard)
-    rename_tensors(folder, lambda name: names.get(name, name.replace("transformer.", "denoise_model.")))
-    own = {"architectures": ["DiscreteDiffusionModel"], "mask_token_id": MASK, "pad_token_id": module.config.pad_token_id}
-    edit_config(folder, lambda config: _hub(config) | own)
+    twins.save(module, folder, shard)
+    twins.rename_tensors(folder, lambda name: names.get(name, name.replace("transformer.", "denoise_model.")))
+    own = {"architectures": ["DiscreteDiffusionModel"], "mask_token_id": twins.MASK, "pad_token_id": module.config.pad_token_id}
+    twins.edit_config(folder, lambda config: _hub(config) | own)
 
 
 def gpt2(folder: Path, **changes: Any) -> Twin:
     """GPT-2."""
     torch.manual_seed(4)
-    module = shaken(GPT2LMHeadModel(GPT2Config(**SHAPE | changes)))
+    module = twins.shaken(GPT2LMHeadModel(GPT2Config(**SHAPE | changes)))
     _gpt2_folder(module, folder)
-    return Twin(module, recorded(causal, attach), causal, _gpt2_folder, partial(save, module))
+    return Twin(module, twins.recorded(twins.causal, attach), twins.causal, _gpt2_folder, partial(twins.save, module))
 
 
 def diffugpt(folder: Path, **changes: Any) -> Twin:
     """DiffuGPT; it exists in one spelling only."""
     torch.manual_seed(5)
-    module = shaken(GPT2LMHeadModel(GPT2Config(**SHAPE | changes)))
+    module = twins.shaken(GPT2LMHeadModel(GPT2Config(**SHAPE | changes)))
     _diffugpt_folder(module, folder)
-    return Twin(module, recorded(bidirectional, attach), bidirectional, _diffugpt_folder)
+    return Twin(module, twins.recorded(twins.bidirectional, attach), twins.bidirectional, _diffugpt_folder)
 
 
 FAMILIES = {"gpt2": gpt2, "diffugpt": diffugpt}

@@ -6,31 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import twins
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
-from twins import (
-    LAYERS,
-    MASK,
-    VOCAB,
-    WIDTH,
-    Tape,
-    Twin,
-    bidirectional,
-    causal,
-    edit_config,
-    flat_rope,
-    heads,
-    recorded,
-    rename_tensors,
-    rms_scale,
-    save,
-    shaken,
-)  # fmt: skip
+from twins import Tape, Twin
 
 SHAPE = {
-    "vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 48, "rms_norm_eps": 1e-5, "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"},
+    "vocab_size": twins.VOCAB, "hidden_size": twins.WIDTH, "num_hidden_layers": twins.LAYERS, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 48, "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"},
     "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "attn_implementation": "eager",
+}  # fmt: skip
+
+# Llama 3.1's stretching, with an original context short enough for the tiny frequencies to fall on both sides of it
+STRETCHED = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
 }  # fmt: skip
 
 LLADA_NAMES = [
@@ -49,8 +40,8 @@ LLADA_NAMES = [
 
 def attach(module: nn.Module, tape: Tape) -> None:
     """Hooks at every site of a Llama-like model."""
-    cfg, scale = module.config, rms_scale(module.config.rms_norm_eps)
-    queries, keys = heads(cfg.num_attention_heads), heads(cfg.num_key_value_heads)
+    cfg, scale = module.config, twins.rms_scale(module.config.rms_norm_eps)
+    queries, keys = twins.heads(cfg.num_attention_heads), twins.heads(cfg.num_key_value_heads)
     for i, layer in enumerate(module.model.layers):
         attention = layer.self_attn
         tape.read(layer.input_layernorm, i, resid_pre=None, attn_norm_scale=scale)
@@ -72,14 +63,14 @@ def attach(module: nn.Module, tape: Tape) -> None:
 
 
 def _llama_folder(module: nn.Module, folder: Path, shard: str | None = None) -> None:
-    save(module, folder, shard)
-    edit_config(folder, flat_rope)
+    twins.save(module, folder, shard)
+    twins.edit_config(folder, twins.flat_rope)
 
 
 def _dream_folder(module: nn.Module, folder: Path, shard: str | None = None, nested: bool = False) -> None:
-    save(module, folder, shard)
-    own = {"model_type": "Dream", "architectures": ["DreamModel"], "mask_token_id": MASK}
-    edit_config(folder, lambda config: (config if nested else flat_rope(config)) | own)
+    twins.save(module, folder, shard)
+    own = {"model_type": "Dream", "architectures": ["DreamModel"], "mask_token_id": twins.MASK}
+    twins.edit_config(folder, lambda config: (config if nested else twins.flat_rope(config)) | own)
 
 
 def _llada_folder(module: nn.Module, folder: Path, shard: str | None = None) -> None:
@@ -88,48 +79,50 @@ def _llada_folder(module: nn.Module, folder: Path, shard: str | None = None) -> 
             name = re.sub(pattern, new, name)
         return name
 
-    save(module, folder, shard)
-    rename_tensors(folder, renamed)
+    twins.save(module, folder, shard)
+    twins.rename_tensors(folder, renamed)
     config: dict[str, Any] = {
         "model_type": "llada", "d_model": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": 4, "mlp_hidden_size": 48, "mlp_ratio": 4,
         "activation_type": "silu", "block_type": "llama", "layer_norm_type": "rms", "rms_norm_eps": 1e-5, "rope": True,
         "rope_theta": 500.0, "rope_full_precision": True, "weight_tying": False, "vocab_size": 97, "embedding_size": 97,
-        "max_sequence_length": 64, "mask_token_id": MASK, "eos_token_id": 1, "pad_token_id": 1, "include_bias": False,
+        "max_sequence_length": 64, "mask_token_id": twins.MASK, "eos_token_id": 1, "pad_token_id": 1, "include_bias": False,
         "flash_attention": False,
     }  # fmt: skip
-    edit_config(folder, lambda _: config)
+    twins.edit_config(folder, lambda _: config)
 
 
 def llama(folder: Path, **changes: Any) -> Twin:
     """Llama."""
     torch.manual_seed(0)
-    module = shaken(LlamaForCausalLM(LlamaConfig(**SHAPE | {"tie_word_embeddings": False} | changes)))
+    module = twins.shaken(LlamaForCausalLM(LlamaConfig(**SHAPE | {"tie_word_embeddings": False} | changes)))
     _llama_folder(module, folder)
-    return Twin(module, recorded(causal, attach), causal, _llama_folder, partial(save, module))
+    return Twin(module, twins.recorded(twins.causal, attach), twins.causal, _llama_folder, partial(twins.save, module))
 
 
 def qwen2(folder: Path, **changes: Any) -> Twin:
     """Qwen2, with a tied head."""
     torch.manual_seed(1)
-    module = shaken(Qwen2ForCausalLM(Qwen2Config(**SHAPE | {"tie_word_embeddings": True} | changes)))
+    module = twins.shaken(Qwen2ForCausalLM(Qwen2Config(**SHAPE | {"tie_word_embeddings": True} | changes)))
     _llama_folder(module, folder)
-    return Twin(module, recorded(causal, attach), causal, _llama_folder, partial(save, module))
+    return Twin(module, twins.recorded(twins.causal, attach), twins.causal, _llama_folder, partial(twins.save, module))
 
 
 def dream(folder: Path, **changes: Any) -> Twin:
     """Dream: Qwen2 with every key visible."""
     torch.manual_seed(2)
-    module = shaken(Qwen2ForCausalLM(Qwen2Config(**SHAPE | {"tie_word_embeddings": False} | changes)))
+    module = twins.shaken(Qwen2ForCausalLM(Qwen2Config(**SHAPE | {"tie_word_embeddings": False} | changes)))
     _dream_folder(module, folder)
-    return Twin(module, recorded(bidirectional, attach), bidirectional, _dream_folder, partial(_dream_folder, module, nested=True))
+    return Twin(
+        module, twins.recorded(twins.bidirectional, attach), twins.bidirectional, _dream_folder, partial(_dream_folder, module, nested=True)
+    )
 
 
 def llada(folder: Path, **changes: Any) -> Twin:
     """LLaDA: Llama with every key visible, under LLaDA's names; it exists in one spelling only."""
     torch.manual_seed(3)
-    module = shaken(LlamaForCausalLM(LlamaConfig(**SHAPE | {"num_key_value_heads": 4, "tie_word_embeddings": False} | changes)))
+    module = twins.shaken(LlamaForCausalLM(LlamaConfig(**SHAPE | {"num_key_value_heads": 4, "tie_word_embeddings": False} | changes)))
     _llada_folder(module, folder)
-    return Twin(module, recorded(bidirectional, attach), bidirectional, _llada_folder)
+    return Twin(module, twins.recorded(twins.bidirectional, attach), twins.bidirectional, _llada_folder)
 
 
 FAMILIES = {"llama": llama, "qwen2": qwen2, "dream": dream, "llada": llada}

@@ -5,21 +5,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import twins
 from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-from twins import LAYERS, VOCAB, WIDTH, Tape, Twin, causal, edit_config, heads, layer_scale, recorded, rename_tensors, save, shaken
+from twins import Tape, Twin
 
 SHAPE = {
-    "vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "intermediate_size": 48,
-    "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "attn_implementation": "eager",
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+    "vocab_size": twins.VOCAB, "hidden_size": twins.WIDTH, "num_hidden_layers": twins.LAYERS, "num_attention_heads": 4,
+    "intermediate_size": 48, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
+    "attn_implementation": "eager", "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
 }  # fmt: skip
 
 
 def attach(module: nn.Module, tape: Tape) -> None:
     """Hooks at every site; a parallel model has no residual stream between attention and MLP."""
-    cfg, scale = module.config, layer_scale(module.config.layer_norm_eps)
-    split = heads(cfg.num_attention_heads)
+    cfg, scale = module.config, twins.layer_scale(module.config.layer_norm_eps)
+    split = twins.heads(cfg.num_attention_heads)
     third = lambda part: lambda x: split(x).chunk(3, dim=-1)[part]  # noqa: E731
     middle = {} if cfg.use_parallel_residual else {"resid_mid": None}
     for i, layer in enumerate(module.gpt_neox.layers):
@@ -47,27 +48,27 @@ def _hub_folder(module: nn.Module, folder: Path, shard: str | None = None) -> No
         old = {"rotary_pct": rope["partial_rotary_factor"], "rotary_emb_base": int(rope["rope_theta"]), "torch_dtype": config.pop("dtype")}
         return config | old
 
-    save(module, folder, shard)
+    twins.save(module, folder, shard)
     attention = "gpt_neox.layers.{}.attention"
-    buffers = {attention.format(i) + ".bias": torch.tril(torch.ones(64, 64, dtype=torch.bool))[None, None] for i in range(LAYERS)}
-    buffers |= {attention.format(i) + ".masked_bias": torch.tensor(-1e9) for i in range(LAYERS)}
-    buffers |= {attention.format(i) + ".rotary_emb.inv_freq": torch.ones(2) for i in range(LAYERS)}
-    rename_tensors(folder, lambda name: name.replace("lm_head", "embed_out"), buffers)
-    edit_config(folder, flat)
+    buffers = {attention.format(i) + ".bias": torch.tril(torch.ones(64, 64, dtype=torch.bool))[None, None] for i in range(twins.LAYERS)}
+    buffers |= {attention.format(i) + ".masked_bias": torch.tensor(-1e9) for i in range(twins.LAYERS)}
+    buffers |= {attention.format(i) + ".rotary_emb.inv_freq": torch.ones(2) for i in range(twins.LAYERS)}
+    twins.rename_tensors(folder, lambda name: name.replace("lm_head", "embed_out"), buffers)
+    twins.edit_config(folder, flat)
 
 
 def _nested_folder(module: nn.Module, folder: Path) -> None:
     """As a module of transformers 5 names its tensors, whatever it writes: the head is ``lm_head``."""
-    save(module, folder)
-    rename_tensors(folder, lambda name: name.replace("embed_out", "lm_head"))
+    twins.save(module, folder)
+    twins.rename_tensors(folder, lambda name: name.replace("embed_out", "lm_head"))
 
 
 def gpt_neox(folder: Path, **changes: Any) -> Twin:
     """GPT-NeoX."""
     torch.manual_seed(6)
-    module = shaken(GPTNeoXForCausalLM(GPTNeoXConfig(**SHAPE | changes)))
+    module = twins.shaken(GPTNeoXForCausalLM(GPTNeoXConfig(**SHAPE | changes)))
     _hub_folder(module, folder)
-    return Twin(module, recorded(causal, attach), causal, _hub_folder, partial(_nested_folder, module))
+    return Twin(module, twins.recorded(twins.causal, attach), twins.causal, _hub_folder, partial(_nested_folder, module))
 
 
 FAMILIES = {"gpt_neox": gpt_neox}
