@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +15,10 @@ if TYPE_CHECKING:
 
 _POCKET = Path(__file__).parents[1] / "pocket"
 
-_WANTED = "give a pocket name, a tokenizer.json, a folder that has one (or vocab.json + merges.txt), or a hub id"
+_WANTED = "give a pocket name, a tokenizer.json, a folder that has one (or vocab.json + merges.txt), its URL, or a hub id"
+
+_FILES = ["tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"]
+_FILES += ["tokenizer_config.json", "config.json", "tokenizer.model", "vocab.txt"]
 
 # The split that the Qwen2 family trained with (transformers, models/qwen2/tokenization_qwen2.py).
 _QWEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -30,13 +34,15 @@ _UNNAMED = {
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
-    """A tokenizer from a pocket name (``pocket-dlm`` ...), a ``tokenizer.json``, a folder or, when it is none of these, a hub id.
+    """A tokenizer from a pocket name (``pocket-dlm`` ...), a ``tokenizer.json``, a folder, its URL or, when it is none of these, a hub id.
 
     ``tokenizer.json`` is read with ``tokenizers`` alone, ``vocab.json`` + ``merges.txt`` of the Qwen2 and GPT-2 families are
     assembled (Dream ships no more than that), anything else goes to ``transformers``' ``AutoTokenizer`` with
     ``trust_remote_code=False``. Special ids come from the tokenizer's settings, then from names that only one family uses, then
-    from ``config.json``. Only a hub id uses the network. Raises ``UserError`` where nothing fits.
+    from ``config.json``. Only a URL (``gs://``, ``s3://``) and a hub id use the network. Raises ``UserError`` where nothing fits.
     """
+    if "://" in str(name):
+        return _from_bucket(str(name).rstrip("/"))
     path = Path(name)
     if path.is_file():
         return _from_folder(path.parent, path)
@@ -157,13 +163,29 @@ def _specials(
     return ids, "left" if side == "left" else "right"
 
 
+def _from_bucket(url: str) -> Tokenizer:
+    """The tokenizer in a folder that is a URL: its few small files are copied here for as long as they are read."""
+    import tensorstore as ts
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            store = ts.KvStore.open(url + "/").result()
+            for name in _FILES:
+                if (found := store.read(name).result()).state == "value":
+                    (Path(folder) / name).write_bytes(found.value)
+        except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
+            raise UserError(f"{url} cannot be read: {' '.join(str(error).split())[:300]}") from error
+        try:
+            return _from_folder(Path(folder), Path(folder) / "tokenizer.json")
+        except UserError as error:
+            raise UserError(str(error).replace(folder, url)) from None
+
+
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    files = ["tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"]
-    files += ["tokenizer_config.json", "config.json", "*.model", "vocab.txt"]
     try:
-        return Path(snapshot_download(name, allow_patterns=files))
+        return Path(snapshot_download(name, allow_patterns=[*_FILES, "*.model"]))
     except Exception as error:  # no network, no such repository, no permission
         raise UserError(f"{name} is no folder here and the hub does not give it ({_first_line(error)}): {_WANTED}") from None
 

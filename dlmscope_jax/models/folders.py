@@ -65,9 +65,10 @@ class LocalFolder:
     Attributes:
       bytes_read: how many bytes this process has read from them so far.
       gap: bytes between two wanted ranges that are cheaper to read than to leave out: disks read whole pages anyway.
+      chunk: bytes to read before they are handed on.
     """
 
-    gap = 4096
+    gap, chunk = 4096, 4 << 20
 
     def __init__(self, where: Path):
         self.where, self.bytes_read = str(where), 0
@@ -93,7 +94,7 @@ class LocalFolder:
 
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
         """Fills the bytes ``out`` from a file's byte ``start`` on. Raises ``UserError`` where the file ends before."""
-        view, got = memoryview(out), 0
+        view, got = out.data, 0
         try:
             if name not in self._files:
                 self._files[name] = os.open(os.path.join(self.where, name), os.O_RDONLY)
@@ -118,9 +119,10 @@ class RemoteFolder:
     Attributes:
       bytes_read: how many bytes this process has read from them so far.
       gap: bytes between two wanted ranges that are cheaper to read than to ask for the second: a request takes about as long.
+      chunk: bytes to read before they are handed on: as much as is under way at once.
     """
 
-    gap = 1 << 20
+    gap, chunk = 1 << 20, _REQUEST * _REQUESTS
 
     def __init__(self, where: str):
         import tensorstore as ts
@@ -158,7 +160,7 @@ class RemoteFolder:
 
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
         """Fills the bytes ``out`` from a file's byte ``start`` on. Raises ``UserError`` where the file ends before."""
-        view, under_way = memoryview(out), deque()
+        view, under_way = out.data, deque()
         with _requests(f"{self.where}/{name}"):
             for at in range(0, len(view), _REQUEST):
                 stop = min(at + _REQUEST, len(view))

@@ -94,7 +94,7 @@ def _read_model(folder: LocalFolder | RemoteFolder, dtype: str) -> Transformer:
         raise UserError(f"{folder.where} holds no config.json: it is not a model folder")
     try:
         mapping = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not valid JSON: {error}") from None
     if not isinstance(mapping, dict):
         raise UserError(f"{where} holds a {type(mapping).__name__}, not the mapping of a model's configuration")

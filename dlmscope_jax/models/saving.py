@@ -51,7 +51,7 @@ def save_model(folder: str | os.PathLike, model: Transformer, params: dict, dtyp
         with _whole(folder / WEIGHTS) as file:
             _write_header(file, stored, _NAMES[dtype])
             for name in sorted(stored):
-                file.write(_assembled(stored[name], np.dtype(DTYPES[_NAMES[dtype]])).reshape(-1).view(np.uint8))
+                file.write(_assembled(stored[name], np.dtype(DTYPES[_NAMES[dtype]])).reshape(-1).view(np.uint8).data)
         with _whole(folder / "config.json") as file:
             file.write(config.encode())
     except OSError as error:

@@ -19,8 +19,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from .families import Tensor
 from .weights import Runs, Weights
 
-CHUNK = 16 << 20  # bytes read before they are handed on
-
 Region = tuple[tuple[int, int], ...]  # start and stop along every axis
 
 
@@ -41,8 +39,8 @@ def part_of(tensor: Tensor, region: Region) -> Part:
     return Part((region[0],), spread(region[1]))
 
 
-def chunks(weights: Weights, name: str, parts: Sequence[Part], size: int = CHUNK) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """Reads parts of one tensor together, about ``size`` bytes at a time; every part has the same number of rows.
+def chunks(weights: Weights, name: str, parts: Sequence[Part]) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """Reads parts of one tensor together, about ``folder.chunk`` bytes at a time; every part has the same number of rows.
 
     Parts that have their rows in common (the three of GPT-2's ``c_attn``, the devices of one column of a mesh) are served by one
     read of all columns that any of them needs. All chunks are equally long: the last one repeats rows of the one before it, which
@@ -56,7 +54,7 @@ def chunks(weights: Weights, name: str, parts: Sequence[Part], size: int = CHUNK
         needed[part.rows] = _union([*needed.get(part.rows, []), *part.columns])
     total = sum(stop - start for start, stop in parts[0].rows)
     width = sum(stop - start for columns in needed.values() for start, stop in columns)
-    n_chunks = max(1, math.ceil(total * width * weights.itemsize(name) / size))
+    n_chunks = max(1, math.ceil(total * width * weights.itemsize(name) / weights.folder.chunk))
     step = math.ceil(total / n_chunks)
     held: dict[Runs, np.ndarray] = {}
     for start in range(0, total, step):
@@ -101,7 +99,8 @@ def load_arrays(
                 rows = [of_region[region] for region in regions[i]]
                 sent = jax.device_put([_as_sent(r, axes=len(regions[i][0])) for r in rows], devices)
                 chunk = jax.make_array_from_single_device_arrays(side_by_side(sent[0].shape), local, sent)
-                buffers[i] = write_rows(buffers[i], chunk, np.int32(layer), np.int32(start), mesh, stacked, tensor.transposed)
+                chunk = _turned(chunk, mesh) if tensor.transposed else chunk
+                buffers[i] = write_rows(buffers[i], chunk, np.int32(layer), np.int32(start), mesh, stacked, -tensor.transposed)
             jax.block_until_ready(buffers)  # or chunks would pile up
     return [
         jax.make_array_from_single_device_arrays(shape, sharding, _of_devices(buffer, devices))
@@ -109,22 +108,32 @@ def load_arrays(
     ]
 
 
-@functools.partial(jax.jit, donate_argnums=0, static_argnames=("mesh", "stacked", "transposed"))
-def write_rows(
-    buffer: jax.Array, rows: jax.Array, layer: jax.Array, start: jax.Array, mesh: Mesh, stacked: bool, transposed: bool
-) -> jax.Array:
-    """Writes rows of a file's tensor, from row ``start`` on, into one layer of the buffer of every device, in the buffer's memory."""
+@functools.partial(jax.jit, donate_argnums=0, static_argnames=("mesh", "stacked", "axis"))
+def write_rows(buffer: jax.Array, rows: jax.Array, layer: jax.Array, start: jax.Array, mesh: Mesh, stacked: bool, axis: int) -> jax.Array:
+    """Writes rows, from ``start`` on along ``axis``, into one layer of the buffer of every device, in the buffer's own memory."""
 
     def write(buffer: jax.Array, rows: jax.Array, layer: jax.Array, start: jax.Array) -> jax.Array:
         at = [jnp.int32(0)] * rows.ndim
-        at[-1 if transposed else 0] = start
-        rows = (rows.T if transposed else rows).astype(buffer.dtype)
-        if stacked:
-            return jax.lax.dynamic_update_slice(buffer, rows[None], [layer, *at])
-        return jax.lax.dynamic_update_slice(buffer, rows, at)
+        at[axis] = start
+        rows = rows.astype(buffer.dtype)[None] if stacked else rows.astype(buffer.dtype)
+        at = [layer, *at] if stacked else at
+        if buffer.dtype != jnp.bfloat16:
+            return jax.lax.dynamic_update_slice(buffer, rows, at)
+        # as bits: the compiler for CPUs would carry the whole buffer to float32 and back
+        bits = jax.lax.dynamic_update_slice(
+            jax.lax.bitcast_convert_type(buffer, jnp.uint16), jax.lax.bitcast_convert_type(rows, jnp.uint16), at
+        )
+        return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
 
     each, same = PartitionSpec("device"), PartitionSpec()
     return jax.shard_map(write, mesh=mesh, in_specs=(each, each, same, same), out_specs=each)(buffer, rows, layer, start)
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _turned(rows: jax.Array, mesh: Mesh) -> jax.Array:
+    """Every device's rows as columns; within ``write_rows`` the compiler for CPUs would do this element by element."""
+    each = PartitionSpec("device")
+    return jax.shard_map(jnp.transpose, mesh=mesh, in_specs=each, out_specs=each)(rows)
 
 
 def _as_sent(rows: np.ndarray, axes: int) -> np.ndarray:

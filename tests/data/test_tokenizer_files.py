@@ -168,6 +168,26 @@ def test_bad_folders(tmp_path, files, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_url_is_a_folder(tmp_path):
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] a b ##c hello".split()
+    bert = put(tmp_path / "bert", vocab_txt="\n".join(words), config_json={"model_type": "bert"},
+               tokenizer__config_json={"tokenizer_class": "BertTokenizer"})  # fmt: skip
+    rename(bert)
+    own = put(tmp_path / "own", tokenizer_json=train_bpe([TEXT], 300).backend.to_str(), config_json={"model_type": "llada"})
+    rename(own)
+    for folder in (bert, own):
+        here, there = load_tokenizer(folder), load_tokenizer(f"file://{folder}/")
+        assert ids(here) == ids(there) and (here.digest, here.padding_side) == (there.digest, there.padding_side)
+        assert here.encode([TEXT]) == there.encode([TEXT])
+    for url, message in [
+        (f"file://{tmp_path}/none", f"file://{tmp_path}/none holds no tokenizer"),
+        ("ftp://host/x", "ftp://host/x cannot be read"),
+    ]:
+        with pytest.raises(UserError, match=message) as caught:
+            load_tokenizer(url)
+        assert "\n" not in str(caught.value)
+
+
 def test_names_that_are_nothing(monkeypatch):
     for name in ("./nowhere", "/no/such/folder", "a/b/c", "../x"):
         with pytest.raises(UserError, match="does not exist: give a pocket name"):
