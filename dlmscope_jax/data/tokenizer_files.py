@@ -32,6 +32,11 @@ _UNNAMED = {
     "mask": ("<|mask|>", "<|mdm_mask|>", "<[MASK]>"),
 }
 
+# Mask tokens that a family's released files may leave out, both in the tokenizer and in config.json, by model type; the readers
+# in models/families say the same. MDLM's is the row after GPT-2's tokens, DiffuGPT's depends on the width.
+_MASK = {"llada": 126336, "illada": 5, "sdar": 151669, "fast_dllm_qwen": 151665, "a2d-qwen2": 151665, "a2d-qwen3": 151669}
+_DIFFUGPT_MASK = {768: 10541, 1024: 50257}
+
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
     """A tokenizer from a pocket name (``pocket-dlm`` ...), a ``tokenizer.json``, a folder, its URL or, when it is none of these, a hub id.
@@ -39,7 +44,8 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     ``tokenizer.json`` is read with ``tokenizers`` alone, ``vocab.json`` + ``merges.txt`` of the Qwen2 and GPT-2 families are
     assembled (Dream ships no more than that), anything else goes to ``transformers``' ``AutoTokenizer`` with
     ``trust_remote_code=False``. Special ids come from the tokenizer's settings, then from names that only one family uses, then
-    from ``config.json``. Only a URL (``gs://``, ``s3://``) and a hub id use the network. Raises ``UserError`` where nothing fits.
+    from ``config.json``, then from what is known of its model type. Only a URL (``gs://``, ``s3://``) and a hub id use the
+    network. Raises ``UserError`` where nothing fits.
     """
     if "://" in str(name):
         return _from_bucket(str(name).rstrip("/"))
@@ -121,6 +127,8 @@ def _from_vocab(folder: Path, kind: Literal["qwen", "gpt2"], settings: dict[str,
 
 def _from_transformers(folder: Path, settings: dict[str, Any], config: dict[str, Any]) -> Tokenizer:
     if not any(folder.glob("*token*")) and not any(folder.glob("*vocab*")) and not any(folder.glob("*.model")):
+        if _diffusion(config)[0] == "mdlm":
+            raise UserError(f"{folder} holds no tokenizer: MDLM's is GPT-2's, put the tokenizer.json of openai-community/gpt2 there")
         raise UserError(f"{folder} holds no tokenizer: {_WANTED}")
     from transformers import AutoTokenizer
 
@@ -156,8 +164,11 @@ def _specials(
             value = value[0] if isinstance(value, list) and value else value
             found = value if isinstance(value, int) else None
         ids[f"{kind}_id"] = found
-    generates = str(config.get("model_type", "")).lower() in ("llada", "dream")  # their samplers expect prompts that end together
-    side = settings.get("padding_side") or ("left" if generates else "right")
+    model_type, known_mask = _diffusion(config)
+    if ids["mask_id"] is None:
+        ids["mask_id"] = known_mask
+    # the samplers of diffusion models expect prompts that end together
+    side = settings.get("padding_side") or ("left" if model_type else "right")
     if side not in ("left", "right"):
         raise UserError(f"{folder / 'tokenizer_config.json'}: padding_side is {side!r}, it must be 'left' or 'right'")
     return ids, "left" if side == "left" else "right"
@@ -179,6 +190,16 @@ def _from_bucket(url: str) -> Tokenizer:
             return _from_folder(Path(folder), Path(folder) / "tokenizer.json")
         except UserError as error:
             raise UserError(str(error).replace(folder, url)) from None
+
+
+def _diffusion(config: dict[str, Any]) -> tuple[str | None, int | None]:
+    """The model type of a diffusion model's ``config.json``, None for any other, and the mask token that no file need say."""
+    model_type = str(config.get("model_type", "")).lower()
+    if model_type == "gpt2" and "DiscreteDiffusionModel" in (config.get("architectures") or []):
+        return "diffugpt", _DIFFUGPT_MASK.get(config.get("n_embd"))
+    if model_type == "mdlm":
+        return "mdlm", config["vocab_size"] - 1 if isinstance(config.get("vocab_size"), int) else None
+    return (model_type, _MASK.get(model_type)) if model_type in _MASK or model_type == "dream" else (None, None)
 
 
 def _download(name: str) -> Path:

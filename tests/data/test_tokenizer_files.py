@@ -117,6 +117,57 @@ def test_ids_of_a_tokenizer_json(tmp_path):
     assert ids(load_tokenizer(plain)) == (0, 1, 2, 3)
 
 
+FAMILIES = {
+    "llada": ({"model_type": "llada"}, 126336, "left"),
+    "illada": ({"model_type": "illada"}, 5, "left"),
+    "sdar": ({"model_type": "sdar"}, 151669, "left"),
+    "fast_dllm": ({"model_type": "Fast_dLLM_Qwen"}, 151665, "left"),
+    "a2d-qwen2": ({"model_type": "a2d-qwen2"}, 151665, "left"),
+    "a2d-qwen3": ({"model_type": "a2d-qwen3"}, 151669, "left"),
+    "mdlm": ({"model_type": "mdlm", "vocab_size": 50258}, 50257, "left"),
+    "diffugpt-s": ({"model_type": "gpt2", "architectures": ["DiscreteDiffusionModel"], "n_embd": 768}, 10541, "left"),
+    "diffugpt-m": ({"model_type": "gpt2", "architectures": ["DiscreteDiffusionModel"], "n_embd": 1024}, 50257, "left"),
+    "gpt2": ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 768}, None, "right"),
+    "llama": ({"model_type": "llama"}, None, "right"),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_mask_that_stands_in_no_file(tmp_path, trained, name):
+    config, mask, side = FAMILIES[name]
+    backend = json.loads(train_bpe([TEXT], 300).backend.to_str())
+    model = backend["model"] | {"vocab": trained["vocab"], "merges": [list(m) for m in trained["merges"]]}
+    plain = backend | {"added_tokens": [], "post_processor": None, "model": model}
+    folder = put(tmp_path / name, tokenizer_json=plain, config_json=config)
+    tok = load_tokenizer(folder)
+    assert (tok.mask_id, tok.padding_side) == (mask, side)
+    put(folder, config_json=config | {"mask_token_id": 7}, tokenizer__config_json={"padding_side": "right"})
+    rename(folder)
+    assert (load_tokenizer(folder).mask_id, load_tokenizer(folder).padding_side) == (7, "right")  # files that say it are believed
+    tokens, real = encode(load_tokenizer(folder), ["a a", "a"])
+    assert real[1].tolist() == [True] + [False] * (real.shape[1] - 1) and tokens[1, -1] == 0
+
+
+def test_the_models_readers_say_the_same_masks():
+    """The two rooms do not know each other."""
+    from dlmscope_jax.data.tokenizer_files import _DIFFUGPT_MASK, _MASK
+    from dlmscope_jax.models.families import a2d, diffugpt, fast_dllm_v2, illada, llada, sdar
+
+    theirs = {"llada": llada, "illada": illada, "sdar": sdar, "fast_dllm_qwen": fast_dllm_v2}
+    assert {name: family.MASK_ID for name, family in theirs.items()} | a2d.MASK_ID == _MASK
+    assert diffugpt.MASK_ID == _DIFFUGPT_MASK
+
+
+def test_a_bos_that_the_tokenizer_itself_puts_there(tmp_path):
+    """Llama's and Gemma's files do so, GPT-2's and Dream's do not; a corpus gets none either way."""
+    made = train_bpe([TEXT], 300)
+    made.backend.save(str(tmp_path / "tokenizer.json"))
+    put(tmp_path, config_json={"model_type": "llama"})
+    tok = load_tokenizer(tmp_path)
+    tokens, _ = encode(tok, ["a", "a a"])
+    assert tokens[:, 0].tolist() == [tok.bos_id] * 2 and tok.encode_plain(["a"])[0][0] != tok.bos_id
+
+
 def test_saved_padding_and_truncation_are_dropped(tmp_path):
     tok = train_bpe([TEXT], 300)
     tok.backend.enable_truncation(5)
@@ -152,6 +203,7 @@ def test_remote_code_is_never_run(tmp_path):
     [
         ({}, "holds no tokenizer"),
         ({"config_json": {}}, "holds no tokenizer"),
+        ({"config_json": {"model_type": "mdlm"}}, "holds no tokenizer: MDLM's is GPT-2's"),
         ({"tokenizer_json": "{"}, "is not a readable tokenizer.json"),
         ({"tokenizer_json": "OK", "config_json": "{"}, "config.json is not valid JSON"),
         ({"tokenizer_json": "OK", "config_json": "[]"}, "config.json holds a list"),
