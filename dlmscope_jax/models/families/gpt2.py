@@ -80,7 +80,7 @@ def tensors(config: ModelConfig, names: Collection[str] = frozenset()) -> dict[t
 def gpt2_tensors(config: ModelConfig, embedding: str, prefix: str) -> dict[tuple[str, ...], Tensor]:
     """The tensors of GPT-2's layout: the name of the embedding, and what stands before all other names."""
     block = prefix + "h.{layer}"
-    table = {
+    table: dict[tuple[str, ...], Tensor] = {
         ("embed",): Tensor(embedding),
         ("positions",): Tensor(f"{prefix}wpe.weight"),
         ("final_norm",): Tensor(f"{prefix}ln_f.weight"),

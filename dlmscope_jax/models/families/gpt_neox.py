@@ -68,7 +68,7 @@ def read(keys: Keys) -> tuple[ModelConfig, None]:
 def tensors(config: ModelConfig, names: Collection[str] = frozenset()) -> dict[tuple[str, ...], Tensor]:
     """Our paths -> tensor names."""
     block = "gpt_neox.layers.{layer}"
-    table = {
+    table: dict[tuple[str, ...], Tensor] = {
         ("embed",): Tensor("gpt_neox.embed_in.weight"),
         ("final_norm",): Tensor("gpt_neox.final_layer_norm.weight"),
         ("final_norm_bias",): Tensor("gpt_neox.final_layer_norm.bias"),
