@@ -84,6 +84,8 @@ class Edit:
             if (self.kind in DICTIONARY_KINDS) != isinstance(self.value, InDictionary):
                 wanted = "an InDictionary" if self.kind in DICTIONARY_KINDS else "an array"
                 raise UserError(f"edit: kind {self.kind!r} takes {wanted} as value")
+            if self.kind in DICTIONARY_KINDS and "attn_pattern" in (name, self.read_site and parse_site(self.read_site)[0]):
+                raise UserError(f"edit: {self.kind!r} at attn_pattern: its rows are as long as the text, a dictionary's are not")
             if self.read_site is not None:
                 read, read_layer = parse_site(self.read_site)
                 order = [*BLOCK_SITES, *FINAL_SITES]
@@ -145,7 +147,7 @@ class Edit:
         """``x + mask * strength * delta(x)``, with ``read`` for what a dictionary encodes."""
         if self.positions not in ("all", "mask"):
             raise UserError(f"edit: positions {self.positions!r} is resolved during generation; here give 'all' or a boolean array")
-        if isinstance(self.value, InDictionary) and x.ndim == 4:  # a dictionary's rows hold all heads
+        if isinstance(self.value, InDictionary) and 4 in (x.ndim, read.ndim):  # a dictionary's rows hold all heads
             rows = lambda a: a.reshape(*a.shape[:2], -1)  # noqa: E731
             return self.apply(rows(x), rows(read)).reshape(x.shape)
         factor = jnp.asarray(self.strength, jnp.float32)

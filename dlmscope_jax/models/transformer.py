@@ -17,7 +17,7 @@ from .config import DiffusionSpec, ModelConfig
 from .edits import Edit
 from .head import Head, final_norm, head_of, sigma_condition
 from .layers import rope_tables
-from .sites import FINAL_NORM, FINAL_SCALE, FINAL_SITES, parse_site, site_shape
+from .sites import FINAL_NORM, FINAL_SCALE, FINAL_SITES, parse_site, site_shape, sites_of
 
 SIGMA_WIDTH = 256  # of MDLM's embedding of the noise level
 
@@ -85,12 +85,16 @@ class Transformer(nn.Module):
 
         Raises:
           UserError: for a site that this model does not have, more tokens than its context or than fit in the cache,
-            or a cache without a start.
+            or only one of cache and start.
         """
         cfg = self.config
         tree = self._parameters()
         sites = [parse_site(site, cfg) for site in collect]
         edits = tuple(edits)
+        known = {*sites_of(cfg), *FINAL_SITES}
+        for name in (name for edit in edits for name in (edit.site, edit.read_site or edit.site)):
+            if name not in known:  # it would never be reached
+                raise UserError(f"edit: this model ({cfg.family}) has no {name}; it has {', '.join(sites_of(cfg))}")
         whole = logits is not False or any(name in FINAL_SITES for name, _ in sites)
         n_run = cfg.n_layers if whole else max((layer + 1 for _, layer in sites), default=0)
 
@@ -98,9 +102,9 @@ class Transformer(nn.Module):
         if length > cfg.max_positions:
             raise UserError(f"{length} tokens are more than this model's context of {cfg.max_positions}: use shorter blocks")
         columns = None
+        if (cache is None) != (start is None):
+            raise UserError("a cache needs start, the column of each row's first token, and start needs a cache")
         if cache is not None:
-            if start is None:
-                raise UserError("a cache needs start, the column of each row's first token")
             if length > cache.k.shape[2]:
                 raise UserError(f"{length} tokens do not fit in a cache of {cache.k.shape[2]}")
             columns = start[:, None] + jnp.arange(length)
