@@ -31,6 +31,7 @@ _ROOMS = {
     "load_model": "models",
     "logit_lens": "models",
     "model_identity": "models",
+    "process_weights": "models",
     "ARSampler": "diffusion",
     "DiffuGPTSampler": "diffusion",
     "DreamSampler": "diffusion",
