@@ -28,6 +28,7 @@ from .store import COLUMNS, ActivationStore
 
 STRATA = 16  # consecutive blocks whose rates cover the range evenly
 PAPER_BATCH = 8  # consecutive blocks with one rate, policy batch_rate
+_UNRECORDED = {"weight_processing": "raw"}  # what older stores do not say
 
 
 def harvest(
@@ -58,6 +59,7 @@ def harvest(
       seed: of rates and masks.
       batch_size: blocks of one forward pass; does not change which rows there are.
       meta: more JSON for the store's meta, such as the model's name and the tokenizer's digest; a store made with another is refused.
+        The model's identity and whether its weights are raw or folded (``process_weights``) are written without being asked.
       progress: called with the number of rows that were added (first with those that were there already).
       dtype: of the stored activations.
       shard_blocks: blocks that are written and committed together (default: about 32 MiB for each site).
@@ -83,6 +85,7 @@ def harvest(
     length = blocks.tokens.shape[1]
     origin = {
         **(meta or {}),
+        "weight_processing": model.config.weight_processing,
         "model_identity": model_identity(model, params),
         "sites": list(names),
         "corruption": {"policy": corruption.policy, "low": corruption.low, "high": corruption.high},
@@ -179,7 +182,8 @@ def _forward(
         corrupted, is_masked = (a[:, 0] for a in jax.vmap(one)(keys, tokens, rate, real))
     out = model.apply(params, corrupted, attention_mask=real if padded else None, logits=False, collect=sites)
     places = {site: parse_site(site, model.config) for site in sites}
-    return {site: out.taps[name][layer].astype(dtype) for site, (name, layer) in places.items()}, corrupted, is_masked, rate
+    row = lambda tap: tap.reshape(*tap.shape[:2], -1).astype(dtype)  # noqa: E731 - heads stand one after the other
+    return {site: row(out.taps[name][layer]) for site, (name, layer) in places.items()}, corrupted, is_masked, rate
 
 
 def _batches(
@@ -256,7 +260,7 @@ def _open_or_create(
         store = ActivationStore.open(url, allow_incomplete=True)
         for name, wanted in origin.items():
             # what NumPy or jax is newer does not make another store; what was asked does
-            if name != "versions" and (found := store.meta.get(name)) != _as_json(wanted):
+            if name != "versions" and (found := store.meta.get(name, _UNRECORDED.get(name))) != _as_json(wanted):
                 raise UserError(
                     f"the store at {shown} was made with {name.replace('_', ' ')} {_short(found)}, this harvest has {_short(wanted)}: "
                     "choose another place, or delete the store"

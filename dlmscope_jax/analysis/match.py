@@ -39,7 +39,7 @@ def check_match(
 
     Args:
       dictionary: ``(spec, params, meta)``.
-      model: the language model, for the width of the site.
+      model: the language model, for the width of the site and whether its weights are raw or folded.
       identity: ``model_identity(model, params)`` of the model at hand.
       store: an activation store; its ``sites`` and ``meta`` are compared.
       tokenizer: a tokenizer with ``digest``.
@@ -59,6 +59,8 @@ def check_match(
         found.append(f"it was trained at {meta.site}, not {site}")
     if model is not None and site_width(site, model.config) != spec.d_in:
         raise UserError(f"dictionary for {meta.site}: width {spec.d_in}, but {site} of this model has {site_width(site, model.config)}")
+    if model is not None and meta.weight_processing and model.config.weight_processing != meta.weight_processing:
+        found.append(f"it was trained on {meta.weight_processing} weights, this model has {model.config.weight_processing} ones")
     if identity and meta.model_identity and identity != meta.model_identity:
         found.append(f"it was trained on the model {meta.model} ({meta.model_identity}), not on this one ({identity})")
     if store is not None:
@@ -70,6 +72,9 @@ def check_match(
         theirs = store.meta.get("model_identity")
         if theirs and meta.model_identity and theirs != meta.model_identity:
             found.append(f"it was trained on the model {meta.model} ({meta.model_identity}), the store was written by {theirs}")
+        theirs = store.meta.get("weight_processing")
+        if theirs and meta.weight_processing and theirs != meta.weight_processing:
+            found.append(f"it was trained on {meta.weight_processing} weights, the store holds activations of {theirs} ones")
         theirs = store.meta.get("tokenizer")
         if theirs and meta.tokenizer and theirs != meta.tokenizer:
             found.append(f"its tokenizer {meta.tokenizer[:12]} is not the store's {theirs[:12]}")

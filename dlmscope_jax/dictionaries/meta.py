@@ -18,7 +18,7 @@ class DictionaryMeta:
       site: what it reads, ``"resid_post@5"``.
       layer: the 0-based layer of that site.
       model_identity: hash of the model's weights.
-      weight_processing: what was done to the model's weights before its activations were taken ("none", "fold_ln", ...).
+      weight_processing: ``"raw"``, or ``"folded"`` where the activations are of a model after ``models.process_weights``.
       corruption: the corruption policy of the training rows, in words.
       tokenizer: digest of the tokenizer.
       select: which rows it was trained on.

@@ -128,6 +128,8 @@ class Run:
     models: tuple[str, ...] = ("pocket-dlm", "pocket-dream", "pocket-ar")
     # of the language models' computation
     dtype: Literal["float32", "bfloat16"] = "float32"
+    # raw, as published, or folded as TransformerLens does it, which released GPT-2 and Pythia dictionaries need
+    weight_processing: Literal["raw", "folded"] = "raw"
     # of masks, of the order of rows and of the dictionaries' first weights
     seed: int = 0
     # which text is read and how it is cut

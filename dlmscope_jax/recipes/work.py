@@ -17,7 +17,7 @@ import numpy as np
 from dlmscope_jax import config
 from dlmscope_jax.data import Blocks, Document, Tokenizer, builtin_blocks, load_tokenizer, on_side, pack, read_documents
 from dlmscope_jax.errors import UserError
-from dlmscope_jax.models import load_model
+from dlmscope_jax.models import load_model, process_weights
 
 from .configs import Run
 
@@ -51,7 +51,10 @@ class Work:
         """A language model and its parameters."""
         if self._model is None or self._model[0] != name:
             self._model = None  # let go of the last one before the next is read
-            self._model = (name, *load_model(name, dtype=self.run.dtype))
+            model, params = load_model(name, dtype=self.run.dtype)
+            if self.run.weight_processing == "folded":
+                model, params = process_weights(model, params)
+            self._model = (name, model, params)
         return self._model[1:]
 
     def tokenizer(self, name: str) -> Tokenizer:

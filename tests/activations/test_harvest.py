@@ -18,6 +18,7 @@ import pytest
 from dlmscope_jax.activations import ActivationStore, Corruption, harvest, rows_of
 from dlmscope_jax.activations.harvesting import block_rates, blocks_digest
 from dlmscope_jax.errors import UserError
+from dlmscope_jax.models import process_weights
 
 from .conftest import LENGTH, MASK, tiny_blocks, tiny_model
 
@@ -68,6 +69,36 @@ def test_rows_are_what_the_model_computes_on_what_the_columns_say(tmp_path, bloc
     assert store.meta["model"] == kind and store.meta["seed"] == 3 and store.meta["blocks"]["digest"] == blocks_digest(blocks)
     assert store.meta["corruption"] == {"policy": "rate", "low": 0.3, "high": 0.7}
     assert len(store.meta["model_identity"]) == 16 and set(store.meta["versions"]) == {"dlmscope_jax", "jax", "numpy"}
+
+
+def test_heads_stand_one_after_the_other(tmp_path, blocks, dlm):
+    store = harvest(*dlm, blocks, tmp_path / "s", ["z@1", "mlp_norm_scale@0"], HALF, batch_size=4, dtype="float32")
+    assert store.sites == {"mlp_norm_scale@0": 1, "z@1": 8}
+    real = blocks.documents >= 0
+    tokens = grid(blocks, store.column("token"), 2)
+    z = dlm[0].apply(dlm[1], tokens, attention_mask=jnp.asarray(real), logits=False, collect=("z@1",)).taps["z"][1]
+    np.testing.assert_allclose(store.read("z@1"), np.asarray(z).reshape(*real.shape, 8)[real], atol=1e-5)
+    with pytest.raises(UserError, match="attn_pattern@0' has no fixed width"):
+        harvest(*dlm, blocks, tmp_path / "t", ["attn_pattern@0"], HALF)
+
+
+def test_a_store_says_whether_the_weights_were_folded(tmp_path, blocks):
+    raw = tiny_model("ar")
+    folded, clean = process_weights(*raw), Corruption("clean")
+    assert harvest(*raw, blocks, tmp_path / "raw", SITES[:1], clean).meta["weight_processing"] == "raw"
+    assert harvest(*folded, blocks, tmp_path / "folded", SITES[:1], clean).meta["weight_processing"] == "folded"
+    with pytest.raises(UserError, match="made with weight processing raw, this harvest has folded"):
+        harvest(*folded, blocks, tmp_path / "raw", SITES[:1], clean)
+
+
+def test_a_store_from_before_that_was_recorded_is_one_of_raw_weights(tmp_path, blocks, dlm, monkeypatch):
+    create = ActivationStore.create
+    forget = lambda url, sites, meta, *rest: create(url, sites, {k: v for k, v in meta.items() if k != "weight_processing"}, *rest)  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(ActivationStore, "create", forget)
+        old = harvest(*dlm, blocks, tmp_path / "s", SITES[:1], HALF)
+    assert "weight_processing" not in old.meta
+    assert harvest(*dlm, blocks, tmp_path / "s", SITES[:1], HALF).rows == old.rows
 
 
 def test_batches_and_shards_do_not_change_the_rows(tmp_path, blocks, dlm):

@@ -24,6 +24,7 @@ class Card:
     model: str = "tiny"
     model_identity: str = ""
     tokenizer: str = ""
+    weight_processing: str | None = None
     select: str = "all"
     extra: Any = None
 

@@ -126,6 +126,11 @@ def test_mismatches(tiny, tmp_path):
         evaluate(tiny.topk(SITE, tokenizer="e" * 64), store)
     assert "abc" in evaluate(tiny.topk(SITE, model_identity="xyz"), store, force=True, batch_size=300)["forced"][0]
     assert evaluate(tiny.topk(SITE, model_identity="abc", tokenizer="f" * 64), store, batch_size=300)["forced"] == []
+    folded = make_store(tmp_path / "folded", x, {}, weight_processing="folded")
+    with pytest.raises(UserError, match="trained on raw weights, the store holds activations of folded ones"):
+        evaluate(tiny.topk(SITE, weight_processing="raw"), folded)
+    for known, place in (("folded", folded), (None, folded), ("folded", store)):  # what one side does not say is not compared
+        assert evaluate(tiny.topk(SITE, weight_processing=known), place, batch_size=300)["forced"] == []
     with pytest.raises(UserError, match="masked rows"):
         evaluate(tiny.topk(SITE, select="masked"), store)
     other = ActivationStore.create(tmp_path / "wide", {SITE: 8}, {}, dtype="float32")

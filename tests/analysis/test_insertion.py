@@ -12,7 +12,7 @@ from dlmscope_jax.analysis import controls, insertion
 from dlmscope_jax.analysis.insertion import delta_loss, delta_losses
 from dlmscope_jax.diffusion import token_loss
 from dlmscope_jax.errors import UserError
-from dlmscope_jax.models import Edit, InDictionary, model_identity
+from dlmscope_jax.models import Edit, InDictionary, model_identity, process_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*donated.*")
 CONDITIONS = controls.CONDITIONS
@@ -272,6 +272,10 @@ def test_mistakes_and_mismatches(tiny):
     assert "somebody else" in forced["forced"][0]
     own = tiny.topk(model_identity=model_identity(model, params))
     assert delta_loss(model, params, own, blocks, rates=(0.5,))["forced"] == []
+    with pytest.raises(UserError, match="trained on folded weights, this model has raw ones"):
+        delta_loss(model, params, tiny.topk(weight_processing="folded"), blocks, rates=(0.5,))
+    with pytest.raises(UserError, match="trained on raw weights, this model has folded ones"):
+        delta_loss(*process_weights(model, params), tiny.topk(weight_processing="raw"), blocks, rates=(0.5,))
     with pytest.raises(UserError, match="between 0 and 1"):
         delta_loss(model, params, good, blocks, rates=(0.5, 1.5))
     with pytest.raises(UserError, match="'sometimes'"):

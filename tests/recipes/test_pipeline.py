@@ -57,6 +57,18 @@ def test_the_whole_way(finished):
     assert b"http" not in b"".join(line for line in report.read_bytes().split(b"\n") if b"src=" in line)
 
 
+def test_a_run_can_fold_the_weights(small_run, model_folders):
+    run = dataclasses.replace(small_run, models=(model_folders["llama"],), weight_processing="folded")
+    pipeline.harvest(run)
+    pipeline.train(run)
+    folder = Path(run.root) / run.name
+    assert ActivationStore.open(folder / "harvest" / "llama" / "train").meta["weight_processing"] == "folded"
+    assert load_dictionary(folder / "dictionaries" / "llama" / "resid_post@0_k4")[2].weight_processing == "folded"
+    pipeline.evaluate(run)
+    with pytest.raises(UserError, match="weight.processing|folded"):
+        pipeline.evaluate(dataclasses.replace(run, weight_processing="raw"))
+
+
 def test_a_second_run_reuses_what_is_there(finished_copy):
     run, folder = finished_copy
     summary = json.loads((folder / "results" / "run.json").read_text())

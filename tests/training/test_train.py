@@ -25,10 +25,13 @@ def store(tmp_path_factory):
     store = ActivationStore.create(
         tmp_path_factory.mktemp("store") / "rows",
         {"resid_post@2": 16, "resid_post@4": 16},
-        {"model": "pocket-dlm", "model_identity": "abc", "tokenizer": "def", "corruption": {"policy": "rate", "low": 0.05, "high": 1.0}},
+        {
+            "model": "pocket-dlm", "model_identity": "abc", "tokenizer": "def", "weight_processing": "folded",
+            "corruption": {"policy": "rate", "low": 0.05, "high": 1.0},
+        },
         shard_rows=512,
         chunk_rows=64,
-    )
+    )  # fmt: skip
     store.append({"resid_post@2": ROWS, "resid_post@4": OTHER}, {"is_masked": np.arange(1_000) % 2 == 0})
     return store.finish()
 
@@ -62,7 +65,7 @@ def test_what_is_saved_acts_on_raw_rows_and_says_where_it_belongs(store, final_s
     visible = OTHER[1::2].astype(jnp.bfloat16).astype(np.float32)
     scale = np.sqrt(np.square(visible.astype(np.float64)).sum(1).mean())
     meta = trained.meta
-    assert (meta.model, meta.model_identity, meta.tokenizer) == ("pocket-dlm", "abc", "def")
+    assert (meta.model, meta.model_identity, meta.tokenizer, meta.weight_processing) == ("pocket-dlm", "abc", "def", "folded")
     assert (meta.site, meta.layer, meta.select, meta.corruption) == ("resid_post@4", 4, "visible", "rate U[0.05, 1]")
     assert (meta.seed, meta.steps, meta.scale_folded) == (0, 300, True)
     # the sample is the first 256 of the visible rows
