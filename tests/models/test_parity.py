@@ -102,10 +102,16 @@ def check_sites(family: str, tmp_path: Path) -> None:
     taps = jax.jit(lambda p, t: model.apply(p, t, logits=False, collect=collect).taps)(params, TOKENS)
     for (name, layer), value in theirs.items():
         assert_close(taps[name][layer], value, f"{name}@{layer}")
+        if name.endswith("_scale"):  # small numbers, in which an epsilon would be lost
+            np.testing.assert_allclose(taps[name][layer], value, rtol=2e-5, err_msg=f"{name}@{layer}")
 
 
 def check_gradients(family: str, tmp_path: Path) -> None:
-    """Gradients of all parameters; torch's are written to a folder as if they were weights, and read as those are."""
+    """Gradients of all parameters; torch's are written to a folder as if they were weights, and read as those are.
+
+    Each array's differences are measured by its largest entry, because gradients of a mean are small. Some are 0 exactly: the
+    bias of keys that are not rotated moves all scores of a query alike.
+    """
     twin, _, model, params = made(family)
     module = copy.deepcopy(twin.module)
     torch.logsumexp(twin.forward(module, TOKENS), -1).mean().backward()
@@ -116,7 +122,8 @@ def check_gradients(family: str, tmp_path: Path) -> None:
     loss = lambda p: jax.nn.logsumexp(model.apply(p, TOKENS).logits, axis=-1).mean()  # noqa: E731
     ours = jax.jit(jax.grad(loss))(params)
     for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
-        assert_close(a, b, jax.tree_util.keystr(path))
+        size = max(np.abs(b).max(), 1e-4)
+        assert_close(a / size, b / size, jax.tree_util.keystr(path))
 
 
 def check_padding(family: str, tmp_path: Path) -> None:
@@ -238,7 +245,7 @@ def within(bound: float) -> str:
 PROPERTIES = {
     "logits": Property(check_logits, within(TOLERANCE)),
     "sites": Property(check_sites, within(TOLERANCE)),
-    "gradients": Property(check_gradients, within(TOLERANCE)),
+    "gradients": Property(check_gradients, f"{within(TOLERANCE)} of the largest"),
     "padding": Property(check_padding, within(TOLERANCE)),
     "bfloat16": Property(check_bfloat16, within(RELATIVE)),
     "both spellings": Property(check_spelling, "equal"),
