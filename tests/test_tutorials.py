@@ -9,8 +9,8 @@ import pytest
 SCRIPTS = sorted((Path(__file__).resolve().parent.parent / "scripts" / "tutorials").glob("*.py"))
 
 
-def test_there_are_three():
-    assert [p.stem for p in SCRIPTS] == ["own_activations", "read_features", "released_dictionary"]
+def test_there_are_four():
+    assert [p.stem for p in SCRIPTS] == ["own_activations", "read_features", "released_dictionary", "steer_denoising"]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)

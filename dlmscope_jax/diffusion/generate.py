@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Bool, Int, Key
 
 from dlmscope_jax.errors import UserError
@@ -19,8 +18,9 @@ from dlmscope_jax.models.edits import Edit
 from dlmscope_jax.models.sites import parse_site
 
 from .objectives import predicts_next
+from .readers import DualCache, Text, reader_of
 from .samplers import ParallelSampler, Sampler
-from .trace import Collect, Progress, Taps, Trace
+from .trace import Collect, Progress, Trace
 
 
 def generate(
@@ -72,79 +72,13 @@ def generate(
         if covered not in (None, 1, given + sampler.length):
             raise UserError(f"edit at {edit.site}: its positions are {covered}, prompt and response have {given + sampler.length} tokens")
     fills_prompt = _check_values(model, prompt, attention_mask)
+    if fills_prompt and getattr(sampler, "cache", "none") != "none" and not isinstance(prompt, jax.core.Tracer):
+        raise UserError(f"generate: the prompt holds masks, which {type(sampler).__name__} fills only with cache='none'")
 
     blank = model.diffusion.mask_id if sampler.needs_diffusion else (model.config.pad_id or 0)
     tokens = jnp.concatenate([prompt.astype(jnp.int32), jnp.full((rows, sampler.length), blank, jnp.int32)], axis=1)
     key = jax.random.key(0) if key is None else key
     return _loop(model, sampler, collect, given, fills_prompt, params, tokens, key, attention_mask, edits)
-
-
-@struct.dataclass
-class Text:
-    """What does not change while a text is generated.
-
-    Attributes:
-      attention_mask: [B, T] True at real tokens, None where all are.
-      position_ids: [B, T] None for the model's own.
-      origin: [] or [B, 1], the position from which a sampler counts places: where the prompt ends, or, for samplers that
-        follow a block-causal model's blocks, where the block begins that the prompt ends in.
-    """
-
-    attention_mask: Any
-    position_ids: Any
-    origin: Any
-
-    @classmethod
-    def of(cls, model: Any, sampler: Sampler, attention_mask: Bool[Array, "B P"] | None, rows: int, given: int) -> "Text":
-        origin: Any = given
-        if sampler.model_blocks and model.config.attention == "block_causal":
-            real = given if attention_mask is None else attention_mask.sum(axis=1, keepdims=True, dtype=jnp.int32)
-            origin = given - real % model.config.block_length
-        if attention_mask is None:
-            return cls(None, None, origin)
-        mask = jnp.concatenate([attention_mask, jnp.ones((rows, sampler.length), bool)], axis=1)
-        # LLaDA has no position ids: it counts padding
-        ids = None if model.config.family == "llada" else jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-        return cls(mask, ids, origin)
-
-
-def read_text(
-    model: Any,
-    params: Any,
-    sampler: Sampler,
-    text: Text,
-    progress: Progress,
-    window: Int[Array, " W"],
-    edits: tuple[Edit, ...],
-    collect: Collect,
-) -> tuple[Array, Taps]:
-    """A forward pass over the whole text.
-
-    Returns:
-      Aligned float32 logits [B, W, V] of the tokens in ``window``, with guidance and without the mask where the sampler
-      says so, and the chosen activations.
-    """
-
-    def forward(tokens: Array, sites: tuple[str, ...]) -> tuple[Array, Taps]:
-        source = jnp.maximum(window - 1, 0) if predicts_next(model) else window  # as align_logits has it
-        out = model.apply(
-            params,
-            tokens,
-            attention_mask=text.attention_mask,
-            position_ids=text.position_ids,
-            logits=jnp.broadcast_to(source, (tokens.shape[0], source.shape[0])),
-            collect=sites,
-            edits=edits,
-        )
-        return out.logits.astype(jnp.float32), out.taps
-
-    logits, taps = forward(progress.tokens, collect.sites)
-    if sampler.cfg_scale > 0:
-        without, _ = forward(jnp.where(progress.given, model.diffusion.mask_id, progress.tokens), ())
-        logits = without + (sampler.cfg_scale + 1.0) * (logits - without)
-    if sampler.drops_mask:
-        logits = logits.at[..., model.diffusion.mask_id].set(-jnp.inf)
-    return logits, collect.pick(taps)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -165,42 +99,32 @@ def _loop(
     n_steps = sampler.n_steps
     mask_id = model.diffusion.mask_id if sampler.needs_diffusion else None
     unknown = tokens == mask_id if sampler.needs_diffusion else jnp.broadcast_to(jnp.arange(total) >= given, tokens.shape)
-    text = Text.of(model, sampler, attention_mask, rows, given)
+    text = Text.of(model, params, sampler, (rows, given), attention_mask, collect.sites)
+    columns = jnp.arange(0 if fills_prompt else given, total)
     stops = sampler.stops(model.config)
-    reuses = sampler.reuses_logits and all(edit.schedule is None and edit.positions != "just_committed" for edit in edits)
-    kept = jnp.asarray(collect.slots(n_steps) >= 0 if collect.sites else np.zeros(n_steps, bool))
+    kept_steps = jnp.asarray(collect.slots(n_steps) >= 0 if collect.sites else np.zeros(n_steps, bool))
+    reader = reader_of(text, sampler, edits, columns, kept_steps)
 
-    def run(progress: Progress, last: Any, step: Array, window: Array) -> tuple:
-        def forward() -> tuple:
-            now = progress.edits(edits, step, n_steps)
-            return *read_text(model, params, sampler, text, progress, window, now, collect), jnp.int32(1 + (sampler.cfg_scale > 0))
-
-        if reuses:
-            nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(forward)[1])
-            unchanged = (step > 0) & ~progress.just_committed.any() & ~kept[step]
-            logits, taps, ran = jax.lax.cond(unchanged, lambda: (last, nothing, jnp.int32(0)), forward)
-        else:
-            logits, taps, ran = forward()
-        proposal = sampler.propose(step, logits, progress.masked[:, window], window - text.origin, jax.random.fold_in(key, step))
-        return proposal, taps, ran, logits if reuses else ()
+    def work(progress: Progress, state: Any, step: Array) -> tuple:
+        read = reader.read(state, step, progress, progress.edits(edits, step, n_steps))
+        masked = jnp.take_along_axis(progress.masked, jnp.minimum(read.columns, total - 1), axis=1) & read.open
+        proposal = sampler.propose(step, read.logits, masked, read.columns - text.origin, jax.random.fold_in(key, step))
+        return proposal, read.columns, collect.pick(read.taps), read.forwards, read.state
 
     def one_step(carry: tuple, step: Array) -> tuple[tuple, Array]:
-        progress, buffers, forwards, last = carry
-        window = jnp.arange(0 if fills_prompt else given, total) if sampler.needs_diffusion else given + step[None]
-        busy = sampler.pending(progress.masked[:, window], window - text.origin).any()
-        work = partial(run, progress, last, step, window)
-        idle = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(work))  # noqa: E731
-        proposal, taps, ran, last = jax.lax.cond(busy, work, idle)
+        progress, buffers, forwards, state = carry
+        busy = sampler.pending(progress.masked[:, columns], columns - text.origin).any()
+        now = partial(work, progress, state, step)
+        empty = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(now)[:-1])  # noqa: E731
+        proposal, where, taps, ran, state = jax.lax.cond(busy, now, lambda: (*empty(), state))
         buffers = collect.keep(buffers, taps, step, n_steps)
-        return (progress.write(step, window, proposal, mask_id, stops), buffers, forwards + ran, last), progress.tokens
+        return (progress.write(step, where, proposal, mask_id, stops), buffers, forwards + ran, state), progress.tokens
 
-    progress = Progress.begin(tokens, unknown, n_steps)
-    first = jnp.arange(0 if fills_prompt else given, total) if sampler.needs_diffusion else jnp.array([given])
-    shapes = jax.eval_shape(lambda: read_text(model, params, sampler, text, progress, first, (), collect))
-    last = jnp.zeros(shapes[0].shape, jnp.float32) if reuses else ()
-    carry = (progress, collect.buffers(shapes[1], n_steps), jnp.int32(0), last)
+    progress, state = Progress.begin(tokens, unknown, n_steps), reader.start()
+    shapes = jax.eval_shape(lambda: work(progress, state, jnp.int32(0))[2])
+    carry = (progress, collect.buffers(shapes, n_steps), jnp.int32(0), state)
     (progress, buffers, forwards, _), history = jax.lax.scan(one_step, carry, jnp.arange(n_steps, dtype=jnp.int32))
-    return progress.trace(history, buffers, forwards)
+    return progress.trace(history, buffers, forwards, approximate=isinstance(reader, DualCache))
 
 
 def _check_sampler(model: Any, sampler: Sampler, key: Array | None) -> None:
@@ -213,9 +137,11 @@ def _check_sampler(model: Any, sampler: Sampler, key: Array | None) -> None:
     if key is None and sampler.needs_key:
         raise UserError(f"{who} with these settings draws random numbers: give generate a key")
     if isinstance(sampler, ParallelSampler):
-        if sampler.cache != "none":
-            raise UserError(f"{who}: cache {sampler.cache!r} is not available yet: use 'none'")
-        if model.config.attention == "block_causal" and model.config.block_length % sampler.block_length:
+        attention = model.config.attention
+        if sampler.cache != "none" and (sampler.cache == "blocks") != (attention == "block_causal"):
+            other = "'blocks'" if attention == "block_causal" else "'dual'"
+            raise UserError(f"{who}: cache {sampler.cache!r} is not for {attention} attention: use {other} or 'none'")
+        if attention == "block_causal" and model.config.block_length % sampler.block_length:
             whole = model.config.block_length
             raise UserError(f"{who}: block_length {sampler.block_length} must divide this block-causal model's {whole}")
 

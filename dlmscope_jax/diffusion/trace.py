@@ -64,8 +64,9 @@ class Trace:
 
     A token is *given* when it stands in the prompt and is not the mask; every other one is *generated*.
 
-    Generation stops when every row is done. A step after that runs no forward pass: ``history`` repeats the result, taps
-    are zero.
+    With a cache a step computes a part of the text; activations elsewhere are those of the last step that computed them, 0
+    where none did yet. Generation stops when every row is done. A step after that runs no forward pass: ``history``
+    repeats the result, taps are zero.
 
     Attributes:
       tokens: [B, P + N] the result.
@@ -77,6 +78,8 @@ class Trace:
       taps: ``{"resid_post": {5: [S, B, P + N, D]}}``, entry s from the forward pass that read ``history[s]`` (with
         guidance the conditional one); S and P + N are the chosen steps and positions where ``Collect`` names them.
       forwards: [] int32, the forward passes that ran, guidance's second ones among them.
+      approximate: whether keys and values of an earlier text were used, so that activations and logits are not those
+        of a forward pass over ``history[s]`` (a dual cache).
     """
 
     tokens: Int[Array, "B T"]
@@ -85,6 +88,7 @@ class Trace:
     confidence: Float[Array, "B T"]
     taps: Taps
     forwards: Int[Array, ""]
+    approximate: bool = struct.field(pytree_node=False, default=False)
 
 
 @struct.dataclass
@@ -158,7 +162,7 @@ class Progress:
             confidence=place(self.confidence, confidence, committed),
         )
 
-    def trace(self, history: Int[Array, "S B T"], taps: Taps, forwards: Int[Array, ""]) -> Trace:
+    def trace(self, history: Int[Array, "S B T"], taps: Taps, forwards: Int[Array, ""], approximate: bool = False) -> Trace:
         """The trace of a generation that ends here; ``history`` is what the steps read."""
         return Trace(
             tokens=self.tokens,
@@ -167,4 +171,5 @@ class Progress:
             confidence=self.confidence,
             taps=taps,
             forwards=forwards,
+            approximate=approximate,
         )

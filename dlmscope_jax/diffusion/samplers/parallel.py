@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from dlmscope_jax.errors import UserError
+
 from .base import Proposal, Sampler, check, draw, given, place, probability_of
 
 
@@ -26,8 +28,8 @@ class ParallelSampler(Sampler):
       factor: where given, takes the place of ``threshold``. As in the released code, if only the least sure token of the
         block fails, it is committed too.
       temperature: Gumbel noise on the logits when choosing a token; 0 takes the most probable one.
-      steps: forward passes at most, None for ``gen_length``: enough, since every step commits a token, unless the model
-        predicts the mask or the prompt holds masks. What is unknown then stays masked.
+      steps: forward passes at most, None for enough: every step commits a token, but for one a block with ``cache="blocks"``.
+        Where the model predicts the mask, or the prompt holds masks, what is unknown at the end stays masked.
       cache: ``"none"``: the whole text is read at every step. ``"dual"``, approximate, for bidirectional models: keys and
         values of all other tokens are those of the block's first step. ``"blocks"``, exact, for block-causal models.
 
@@ -58,10 +60,14 @@ class ParallelSampler(Sampler):
             share=("threshold",),
             one_of={"cache": ("none", "dual", "blocks")},
         )
+        if self.cache == "dual" and self.gen_length % self.block_length:
+            raise UserError(f"ParallelSampler: with cache='dual' gen_length {self.gen_length} must be a multiple of {self.block_length}")
 
     @property
     def n_steps(self) -> int:
-        return self.gen_length if self.steps is None else self.steps
+        if self.steps is not None:
+            return self.steps
+        return self.gen_length + (-(-self.gen_length // self.block_length) + 1 if self.cache == "blocks" else 0)
 
     @property
     def length(self) -> int:

@@ -1,0 +1,368 @@
+"""How a denoising step gets its logits: by reading the whole text, or one part of it beside keys and values kept from before.
+
+A reader is built inside the compiled loop. ``start()`` gives its state, ``read`` one forward pass: the logits of some
+columns of the text, which of these may be written now, the activations, and the next state. Activations have the text's
+shape: entries that a pass did not compute are those of the last pass that did, 0 where there was none.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from dlmscope_jax.errors import UserError
+from dlmscope_jax.models.edits import Edit, InDictionary
+from dlmscope_jax.models.sites import site_shape
+
+from .objectives import predicts_next
+from .samplers import ParallelSampler, Sampler
+from .trace import Progress, Taps
+
+
+class Read(NamedTuple):
+    """One forward pass.
+
+    Attributes:
+      logits: float32, aligned: entry w scores the token at ``columns[:, w]``.
+      columns: [B, W] columns of the text; those past its end mean nothing.
+      open: [B, W] which of them may be written now.
+      taps: activations at the collected sites, [B, T, ...].
+      forwards: forward passes that ran.
+      state: what the next pass needs.
+    """
+
+    logits: Float[Array, "B W V"]
+    columns: Int[Array, "B W"]
+    open: Bool[Array, "B W"]
+    taps: Taps
+    forwards: Int[Array, ""]
+    state: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Text:
+    """What stays the same over a generation.
+
+    Attributes:
+      model, params: the language model.
+      rows, given, total: rows B, columns of the prompt P, columns of prompt and response T.
+      keep: [B, T] False at padding, or None.
+      position_ids: [B, T], or None where columns are positions.
+      origin: [] or [B, 1], the column from which a sampler counts places: where the prompt ends, or, for samplers that
+        follow a block-causal model's blocks, where the block begins that the prompt ends in.
+      sites: what to collect.
+    """
+
+    model: Any
+    params: Any
+    rows: int
+    given: int
+    total: int
+    keep: Bool[Array, "B T"] | None
+    position_ids: Int[Array, "B T"] | None
+    origin: Any
+    sites: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: Any, params: Any, sampler: Sampler, shape: tuple[int, int], mask: Bool[Array, "B P"] | None, sites: Any) -> "Text":
+        """The text of a prompt of ``shape``, padded where ``mask`` is False, that a sampler continues."""
+        rows, given = shape
+        origin: Any = given
+        if sampler.model_blocks and model.config.attention == "block_causal":
+            real = given if mask is None else mask.sum(axis=1, keepdims=True, dtype=jnp.int32)
+            origin = given - real % model.config.block_length
+        ids = None
+        if mask is not None:
+            mask = jnp.concatenate([mask, jnp.ones((rows, sampler.length), bool)], axis=1)
+            if model.config.family != "llada":  # LLaDA has no position ids: it counts padding
+                ids = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        return cls(model, params, rows, given, given + sampler.length, mask, ids, origin, sites)
+
+    def forward(self, x: Array, logits: Any, edits: tuple[Edit, ...], sites: tuple[str, ...]) -> Any:
+        """A forward pass over the whole text."""
+        return self.model.apply(
+            self.params, x, attention_mask=self.keep, position_ids=self.position_ids, logits=logits, collect=sites, edits=edits
+        )
+
+    def forward_part(self, x: Array, columns: Array, cache: Any, logits: Any, edits: tuple[Edit, ...]) -> Any:
+        """A forward pass over some columns, which are written to the cache; columns past the text's end are padding."""
+        inside = columns < self.total
+        take = lambda a: jnp.take_along_axis(a, jnp.minimum(columns, self.total - 1), axis=1)  # noqa: E731
+        return self.model.apply(
+            self.params,
+            take(x),
+            attention_mask=inside if self.keep is None else inside & take(self.keep),
+            position_ids=columns if self.position_ids is None else take(self.position_ids),
+            logits=logits,
+            collect=self.sites,
+            edits=tuple(edit_at(edit, columns, self) for edit in edits),
+            cache=cache,
+            start=columns[:, 0],
+        )
+
+    def empty_taps(self, keys: int) -> Taps:
+        """Activations of the whole text before anything is read; ``keys`` is the cache's length."""
+        x = jnp.zeros((self.rows, self.total), jnp.int32)
+        made = jax.eval_shape(lambda: self.forward(x, False, (), self.sites).taps)
+
+        def zeros(name: str, tap: Any) -> Array:
+            shape = (*tap.shape[:-1], keys) if name == "attn_pattern" else tap.shape
+            return jnp.zeros(shape, tap.dtype)
+
+        return {name: {layer: zeros(name, tap) for layer, tap in layers.items()} for name, layers in made.items()}
+
+    def put(self, kept: Taps, new: Taps, columns: Int[Array, "B W"]) -> Taps:
+        """Activations with the columns of one pass written over."""
+        rows = jnp.arange(self.rows)[:, None]
+
+        def write(name: str, old: Array, part: Array) -> Array:
+            if name == "attn_pattern":
+                return old.at[rows, :, columns].set(part.swapaxes(1, 2), mode="drop")
+            return old.at[rows, columns].set(part, mode="drop")
+
+        return {name: {layer: write(name, old, new[name][layer]) for layer, old in layers.items()} for name, layers in kept.items()}
+
+    def first_columns(self) -> Int[Array, " B"]:
+        """Column of each row's first real token."""
+        return jnp.zeros(self.rows, jnp.int32) if self.keep is None else jnp.argmax(self.keep, axis=1).astype(jnp.int32)
+
+    def whole(self) -> Int[Array, "B T"]:
+        """All columns."""
+        return jnp.broadcast_to(jnp.arange(self.total), (self.rows, self.total))
+
+
+def edit_at(edit: Edit, columns: Int[Array, "B W"], text: Text) -> Edit:
+    """An edit of the whole text as it applies to some of its columns: its mask and a value per token are cut.
+
+    Raises:
+      UserError: for a pattern given per token, which cannot be cut.
+    """
+    mask = None if edit.mask is None else _cut(edit.mask, columns, 0)
+    value = edit.value
+    if isinstance(value, jax.Array):
+        if edit.site == "attn_pattern":
+            if value.ndim > 1:
+                raise UserError("edit of attn_pattern with a value per token: generate reads the whole text for that, with cache='none'")
+        else:
+            value = _cut(value, columns, len(site_shape(edit.site, text.model.config)))
+    elif isinstance(value, InDictionary):
+        value = value.replace(target=_cut(jnp.asarray(value.target), columns, 0))
+    return edit.replace(mask=mask, value=value)
+
+
+def _cut(value: Array, columns: Array, trailing: int) -> Array:
+    """Takes columns along the token axis, the one before the last ``trailing``; a value without one stays."""
+    if value.ndim <= trailing or value.shape[value.ndim - trailing - 1] == 1:
+        return value
+    value = value if value.ndim == trailing + 2 else value[None]
+    value = jnp.broadcast_to(value, (columns.shape[0], *value.shape[1:]))
+    index = jnp.minimum(columns, value.shape[1] - 1).reshape(*columns.shape, *[1] * trailing)
+    return jnp.take_along_axis(value, index, axis=1)
+
+
+def cuts(edit: Edit) -> bool:
+    """Whether an edit can be applied column by column, and does the same at every step: no schedule, no moving positions."""
+    fixed = edit.schedule is None and edit.positions in ("all", "prompt", "response", "mask")
+    return fixed and not (edit.site == "attn_pattern" and isinstance(edit.value, jax.Array) and edit.value.ndim > 1)
+
+
+def reader_of(text: Text, sampler: Sampler, edits: tuple[Edit, ...], columns: Int[Array, " W"], kept_steps: Bool[Array, " S"]) -> Any:
+    """The reader that a sampler asks for.
+
+    Args:
+      text: the text.
+      sampler: the sampler.
+      edits: the edits of the call, before they are resolved for a step.
+      columns: the columns that can be written, for readers that always score all of them.
+      kept_steps: steps whose activations are kept.
+    """
+    if isinstance(sampler, ParallelSampler) and sampler.cache == "dual":
+        return DualCache(text, sampler.block_length)
+    if isinstance(sampler, ParallelSampler) and sampler.cache == "blocks":
+        return BlockCache(text)
+    if not sampler.needs_diffusion and hasattr(text.model, "init_cache") and all(cuts(edit) for edit in edits):
+        return NextToken(text)
+    reuses = sampler.reuses_logits and all(edit.schedule is None and edit.positions != "just_committed" for edit in edits)
+    return WholeText(text, sampler, columns, kept_steps if reuses else None)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WholeText:
+    """Every pass reads the whole text: exact for every model and edit.
+
+    Attributes:
+      text, sampler: with guidance, and without the mask, where the sampler says so.
+      columns: [W] columns to score; an autoregressive model's are the next one alone.
+      kept_steps: None, or, for a sampler that may use the last logits again while nothing was committed, the steps that
+        need a pass all the same because their activations are kept.
+    """
+
+    text: Text
+    sampler: Sampler
+    columns: Int[Array, " W"]
+    kept_steps: Bool[Array, " S"] | None
+
+    def start(self) -> Any:
+        if self.kept_steps is None:
+            return ()
+        return jnp.zeros((self.text.rows, len(self.columns), self.text.model.config.vocab_size), jnp.float32)
+
+    def read(self, state: Any, step: Array, progress: Progress, edits: tuple[Edit, ...]) -> Read:
+        text = self.text
+        columns = self.columns if self.sampler.needs_diffusion else text.given + step[None]
+        spread = jnp.broadcast_to(columns, (text.rows, columns.shape[0]))
+
+        def forward() -> tuple:
+            logits, taps = self._forward(progress, spread, edits)
+            return logits, taps, jnp.int32(1 + (self.sampler.cfg_scale > 0))
+
+        if self.kept_steps is None:
+            logits, taps, ran = forward()
+        else:
+            nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(forward)[1])
+            unchanged = (step > 0) & ~progress.just_committed.any() & ~self.kept_steps[step]
+            logits, taps, ran = jax.lax.cond(unchanged, lambda: (state, nothing, jnp.int32(0)), forward)
+        may = self._open(progress.masked[:, columns], spread - text.origin)
+        return Read(logits, spread, may, taps, ran, () if self.kept_steps is None else logits)
+
+    def _forward(self, progress: Progress, columns: Array, edits: tuple[Edit, ...]) -> tuple[Array, Taps]:
+        model, sampler = self.text.model, self.sampler
+        source = jnp.maximum(columns - 1, 0) if predicts_next(model) else columns  # as align_logits has it
+        out = self.text.forward(progress.tokens, source, edits, self.text.sites)
+        logits = out.logits.astype(jnp.float32)
+        if sampler.cfg_scale > 0:
+            blind = jnp.where(progress.given, model.diffusion.mask_id, progress.tokens)
+            without = self.text.forward(blind, source, edits, ()).logits.astype(jnp.float32)
+            logits = without + (sampler.cfg_scale + 1.0) * (logits - without)
+        if sampler.drops_mask:
+            logits = logits.at[..., model.diffusion.mask_id].set(-jnp.inf)
+        return logits, out.taps
+
+    def _open(self, masked: Array, position: Array) -> Array:
+        """All; in a shifted block-causal model the first token of a block comes before the rest of it is read (Fast-dLLM v2)."""
+        model = self.text.model
+        if not (self.sampler.model_blocks and model.config.attention == "block_causal" and model.diffusion.shift):
+            return jnp.ones_like(masked)
+        first = jnp.argmax(masked & (position >= 0), axis=1)[:, None]
+        starts = jnp.take_along_axis(position, first, axis=1) % model.config.block_length == 0
+        return ~starts | (jnp.arange(masked.shape[1]) == first)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NextToken:
+    """An autoregressive model with a cache: the prompt at step 0, then the token that was written last. Exact."""
+
+    text: Text
+
+    def start(self) -> Any:
+        return self.text.model.init_cache(self.text.rows, self.text.total), self.text.empty_taps(self.text.total)
+
+    def read(self, state: Any, step: Array, progress: Progress, edits: tuple[Edit, ...]) -> Read:
+        text, x, (cache, kept) = self.text, progress.tokens, state
+
+        def pass_over(columns: Array, cache: Any, kept: dict) -> tuple:
+            columns = jnp.broadcast_to(columns, (text.rows, columns.shape[0]))
+            last = jnp.full((text.rows, 1), columns.shape[1] - 1)
+            out = text.forward_part(x, columns, cache, last, edits)
+            return out.logits.astype(jnp.float32), out.cache, text.put(kept, out.taps, columns)
+
+        logits, cache, kept = jax.lax.cond(
+            step == 0,
+            lambda cache, kept: pass_over(jnp.arange(text.given), cache, kept),
+            lambda cache, kept: pass_over(text.given + step[None] - 1, cache, kept),
+            cache,
+            kept,
+        )
+        columns = jnp.full((text.rows, 1), text.given + step)
+        return Read(logits, columns, jnp.ones_like(columns, bool), kept, jnp.int32(1), (cache, kept))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DualCache:
+    """Fast-dLLM's dual cache (Wu et al. 2025): the whole text when a block begins, then that block alone. Approximate.
+
+    Within a block the keys and values of all other tokens stay those of the block's first pass. In a shifted model the
+    first token of a block is predicted from outside of it: that first pass commits it, and it alone.
+    All rows are in the same block; a row that is through with it waits, which leaves its tokens as they would be alone.
+    """
+
+    text: Text
+    block_length: int
+
+    def start(self) -> Any:
+        return (
+            self.text.model.init_cache(self.text.rows, self.text.total),
+            jnp.int32(-1),
+            self.text.empty_taps(self.text.total),
+        )
+
+    def read(self, state: Any, step: Array, progress: Progress, edits: tuple[Edit, ...]) -> Read:
+        text, x, masked, (cache, before, kept) = self.text, progress.tokens, progress.masked, state
+        shift = predicts_next(text.model)
+        open_blocks = masked[:, text.given :].reshape(text.rows, -1, self.block_length).any(axis=(0, 2))
+        block = jnp.argmax(open_blocks).astype(jnp.int32)
+        columns = jnp.broadcast_to(text.given + block * self.block_length + jnp.arange(self.block_length), (text.rows, self.block_length))
+
+        def whole(cache: Any, kept: dict) -> tuple:
+            source = jnp.maximum(columns - 1, 0) if shift else columns
+            out = text.forward_part(x, text.whole(), cache, source, edits)
+            first = columns == columns[:, :1]
+            return out.logits.astype(jnp.float32), out.cache, out.taps, first if shift else jnp.ones_like(first)
+
+        def part(cache: Any, kept: dict) -> tuple:
+            out = text.forward_part(x, columns, cache, True, edits)
+            logits = out.logits.astype(jnp.float32)
+            logits = jnp.concatenate([logits[:, :1], logits[:, :-1]], axis=1) if shift else logits
+            return logits, out.cache, text.put(kept, out.taps, columns), jnp.ones(columns.shape, bool)
+
+        logits, cache, kept, may = jax.lax.cond(block != before, whole, part, cache, kept)
+        return Read(logits, columns, may, kept, jnp.int32(1), (cache, block, kept))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BlockCache:
+    """Block-causal models: complete blocks are read once and kept; a pass reads the current block alone. Exact.
+
+    The prompt is read at step 0. When a block is complete one more pass reads it as it then stands. In a shifted model
+    those passes predict the first token of the next block, and it is committed before the rest of that block is read
+    (Fast-dLLM v2). Blocks count from each row's first real token, and each row goes through them at its own pace.
+    """
+
+    text: Text
+
+    def start(self) -> Any:
+        length = self.text.model.config.block_length
+        columns = self.text.total + length  # the last block of a row may end past the text
+        before = jnp.full((self.text.rows, 1), -1 if self.text.given else 0)  # without a prompt there is nothing to read first
+        return self.text.model.init_cache(self.text.rows, columns), before, self.text.empty_taps(columns)
+
+    def read(self, state: Any, step: Array, progress: Progress, edits: tuple[Edit, ...]) -> Read:
+        text, x, masked, (cache, before, kept) = self.text, progress.tokens, progress.masked, state
+        shift, length = predicts_next(text.model), text.model.config.block_length
+        first = text.first_columns()[:, None]
+        block_of = (jnp.arange(text.total) - first) // length
+        block = jnp.min(jnp.where(masked, block_of, 2**30), axis=1, keepdims=True)
+        block = jnp.where(masked.any(axis=1, keepdims=True), block, before).astype(jnp.int32)
+        window = lambda b: first + b * length + jnp.arange(length)  # noqa: E731
+        columns, settles = window(block), block != before  # [B, W]; [B, 1] rows whose last block has to be read once more
+
+        def prompt(cache: Any, kept: Taps) -> tuple:
+            given = jnp.broadcast_to(jnp.arange(text.given), (text.rows, text.given))
+            out = text.forward_part(x, given, cache, jnp.clip(columns - 1, 0, text.given - 1), edits)
+            return out.logits.astype(jnp.float32), out.cache, text.put(kept, out.taps, given)
+
+        def part(cache: Any, kept: Taps) -> tuple:
+            here = jnp.where(settles, window(block - 1), columns)
+            out = text.forward_part(x, here, cache, True, edits)
+            logits = out.logits.astype(jnp.float32)
+            if shift:  # a settled block's last token predicts the first of the next
+                front = jnp.where(settles[:, :, None], logits[:, -1:], logits[:, :1])
+                logits = jnp.concatenate([front, logits[:, :-1]], axis=1)
+            return logits, out.cache, text.put(kept, out.taps, here)
+
+        logits, cache, kept = jax.lax.cond(step == 0, prompt, part, cache, kept) if text.given else part(cache, kept)
+        alone = columns == columns[:, :1] if shift else jnp.zeros(columns.shape, bool)
+        may = jnp.where(settles, alone, True) & (columns < text.total)
+        return Read(logits, columns, may, kept, jnp.int32(1), (cache, block, kept))

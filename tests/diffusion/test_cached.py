@@ -1,0 +1,227 @@
+"""Generation with keys and values kept: equal to reading the whole text where it is exact, and to a reference where it is not."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dlmscope_jax.diffusion import ARSampler, ParallelSampler, generate, readers
+from dlmscope_jax.errors import UserError
+from dlmscope_jax.models import DiffusionSpec, Edit, ModelConfig, Transformer, init_params
+
+CONFIG = ModelConfig("llama", 40, 16, 2, 4, 2, 4, 32, 1e-5, 1e4, 64, "causal", bos_id=0, eos_id=1, pad_id=2)
+
+
+def network(attention, shift=None, seed=0, **changes):
+    """A small random model that is sure of some tokens and unsure of others."""
+    config = dataclasses.replace(CONFIG, attention=attention, **changes)
+    model = Transformer(config, None if shift is None else DiffusionSpec(3, shift=shift))
+    params = init_params(model, jax.random.key(seed))
+    params["params"]["head"] = (8 * params["params"]["head"]).at[3].set(0.0)  # the mask is never the best
+    return model, params
+
+
+def prompts(rows, length, seed=0):
+    return jax.random.randint(jax.random.key(seed), (rows, length), 4, 40)
+
+
+def whole(monkeypatch):
+    """Makes ``generate`` read the whole text, whatever the sampler asks for."""
+    monkeypatch.setattr(readers, "NextToken", lambda text: readers.WholeText(text, ARSampler(1), jnp.arange(text.given, text.total), None))
+
+
+def assert_same(a, b, atol=2e-5):
+    np.testing.assert_array_equal(a.tokens, b.tokens)
+    np.testing.assert_array_equal(a.commit_step, b.commit_step)
+    np.testing.assert_allclose(a.confidence, b.confidence, atol=atol)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_autoregressive_cache_is_exact(monkeypatch, padded, positions):
+    model, params = network("causal", positions=positions)
+    prompt = prompts(5, 7)
+    keep = jnp.arange(7)[None] >= jnp.array([[0], [3], [5], [1], [0]]) if padded else None
+    edits = (
+        Edit("add", "resid_post@0", jax.random.normal(jax.random.key(1), (16,)), strength=2.0),
+        Edit("scale", "mlp_out@1", 0.5, positions="response"),
+        Edit("set", "z@1", jnp.ones((4, 4)), positions=jnp.arange(16)[None] == 8),
+        Edit("add", "resid_mid@1", jax.random.normal(jax.random.key(2), (16, 16))),  # a value per token
+    )
+    sampler = ARSampler(9, stop_ids=())
+    run = lambda: generate(model, params, prompt, sampler, attention_mask=keep, edits=edits, collect=("q@1", "attn_pattern@0"))  # noqa: E731
+    cached = run()
+    whole(monkeypatch)
+    generate_loop = generate.__globals__["_loop"]
+    generate_loop.clear_cache()
+    plain = run()
+    generate_loop.clear_cache()
+    assert_same(cached, plain)
+    for s in range(9):  # the activations of what was known at the step
+        known = np.arange(16)[None] < 7 + s
+        known = np.broadcast_to(known, (5, 16)) & (np.arange(16)[None] >= (0 if keep is None else np.asarray(keep).argmax(1)[:, None]))
+        np.testing.assert_allclose(cached.taps["q"][1][s][known], plain.taps["q"][1][s][known], atol=2e-5)
+        last = 6 + s
+        np.testing.assert_allclose(cached.taps["attn_pattern"][0][s][:, :, last], plain.taps["attn_pattern"][0][s][:, :, last], atol=2e-5)
+
+
+def test_step_dependent_edits_read_the_whole_text():
+    model, params = network("causal")
+    late = Edit("add", "resid_post@0", jnp.ones(16), schedule=np.arange(5.0))
+    trace = generate(model, params, prompts(2, 4), ARSampler(5, stop_ids=()), edits=(late,), collect=("resid_post@0",))
+    tap = trace.taps["resid_post"][0]
+    np.testing.assert_allclose(tap[3][:, 0] - tap[0][:, 0], 3.0, atol=1e-4)  # an early token is read again, with the new strength
+
+
+def test_a_cached_pass_is_over_one_token():
+    """The compiled step has no product over the whole text: the sizes of all matrix products are those of one token or the prompt."""
+    model, params = network("causal")
+    text = jax.jit(lambda p, t: generate(model, p, t, ARSampler(11, stop_ids=())).tokens).lower(params, prompts(2, 7)).as_text()
+    assert "tensor<2x7x32xf32>" in text and "tensor<2x1x32xf32>" in text and "tensor<2x18x32xf32>" not in text
+
+
+BLOCKS = [(shift, sub, threshold, factor) for shift in (False, True) for sub in (4, 2) for threshold, factor in ((0.5, None), (0.9, 1.2))]
+
+
+@pytest.mark.parametrize("shift, sub, threshold, factor", BLOCKS)
+def test_block_cache_is_exact(shift, sub, threshold, factor):
+    """Prompts of every length modulo the block, with padding, against the same sampler on the whole text."""
+    model, params = network("block_causal", shift=shift, block_length=4)
+    prompt, keep = prompts(6, 9), jnp.arange(9)[None] >= jnp.array([[0], [1], [2], [3], [4], [8]])
+    sampler = ParallelSampler(11, sub, threshold=threshold, factor=factor)
+    plain = generate(model, params, prompt, sampler, attention_mask=keep)
+    cached = generate(model, params, prompt, dataclasses.replace(sampler, cache="blocks"), attention_mask=keep, collect=("resid_post@1",))
+    np.testing.assert_array_equal(cached.tokens, plain.tokens)
+    np.testing.assert_allclose(cached.confidence, plain.confidence, atol=2e-5)
+    order = lambda trace: np.asarray(trace.commit_step)  # noqa: E731
+    for row in range(6):  # the same order, though passes that settle a block lie between
+        same = np.unique(order(plain)[row], return_inverse=True)[1], np.unique(order(cached)[row], return_inverse=True)[1]
+        np.testing.assert_array_equal(*same)
+    assert not cached.approximate and (np.asarray(cached.tokens) != 3).all()
+    # once a block is settled its activations are those of the finished text
+    final = model.apply(
+        params, cached.tokens, attention_mask=jnp.pad(keep, ((0, 0), (0, 11)), constant_values=True),
+        position_ids=jnp.maximum(jnp.cumsum(jnp.pad(keep, ((0, 0), (0, 11)), constant_values=True), axis=1) - 1, 0),
+        logits=False, collect=("resid_post@1",),
+    )  # fmt: skip
+    ran = int(cached.forwards) - 1
+    np.testing.assert_allclose(cached.taps["resid_post"][1][ran][0, :12], final.taps["resid_post"][1][0, :12], atol=5e-5)
+
+
+def test_a_row_alone_and_in_company_with_a_block_cache():
+    model, params = network("block_causal", shift=True, block_length=4)
+    prompt, keep = prompts(3, 9), jnp.arange(9)[None] >= jnp.array([[0], [2], [5]])
+    sampler = ParallelSampler(8, 4, threshold=0.6, cache="blocks")
+    together = generate(model, params, prompt, sampler, attention_mask=keep)
+    for row, start in enumerate((0, 2, 5)):
+        alone = generate(model, params, prompt[row : row + 1, start:], sampler)
+        np.testing.assert_array_equal(alone.tokens[0], together.tokens[row, start:])
+
+
+def reference_dual(model, params, prompt, sampler, shift):
+    """Fast-dLLM's dual cache, one row: within a block all keys and values outside of it are held at those of its first pass.
+
+    Written without a cache: full forward passes in which ``k`` and ``v`` are set to the old values.
+    """
+    row = np.concatenate([prompt, np.full(sampler.gen_length, 3)])
+    sites = tuple(f"{name}@{layer}" for name in "kv" for layer in range(model.config.n_layers))
+    passes = 0
+
+    def commit(logits, where):
+        nonlocal row
+        logits = np.asarray(logits, np.float64)
+        p = np.exp(logits - logits.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        tokens, confidence = p.argmax(-1), p.max(-1)
+        confidence = np.where(where, confidence, -1)
+        surest = confidence.argmax()
+        write = where & ((confidence >= sampler.threshold) | (np.arange(len(row)) == surest))
+        row = np.where(write, tokens, row)
+
+    align = lambda logits: np.concatenate([logits[:1], logits[:-1]]) if shift else logits  # noqa: E731
+    for first in range(len(prompt), len(row), sampler.block_length):
+        inside = (np.arange(len(row)) >= first) & (np.arange(len(row)) < first + sampler.block_length)
+        out = model.apply(params, jnp.asarray(row[None]), collect=sites)
+        passes += 1
+        commit(align(np.asarray(out.logits[0])), (np.arange(len(row)) == first) if shift else inside & (row == 3))
+        frozen = tuple(
+            Edit("set", f"{name}@{layer}", out.taps[name][layer], positions=jnp.asarray(~inside)[None])
+            for name in "kv" for layer in range(model.config.n_layers)
+        )  # fmt: skip
+        while (inside & (row == 3)).any():
+            logits = np.asarray(model.apply(params, jnp.asarray(row[None]), edits=frozen).logits[0])
+            passes += 1
+            commit(align(logits), inside & (row == 3))
+    return row, passes
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_dual_cache_is_the_published_approximation(shift):
+    model, params = network("bidirectional", shift=shift, seed=1)
+    sampler = ParallelSampler(12, 4, threshold=0.5, cache="dual")
+    prompt = prompts(4, 6, seed=2)
+    trace = generate(model, params, prompt, sampler)
+    exact = generate(model, params, prompt, dataclasses.replace(sampler, cache="none"))
+    passes = []
+    for row in range(4):
+        tokens, ran = reference_dual(model, params, np.asarray(prompt[row]), sampler, shift)
+        passes.append(ran)
+        np.testing.assert_array_equal(trace.tokens[row], tokens)
+        alone = generate(model, params, prompt[row : row + 1], sampler)
+        np.testing.assert_array_equal(alone.tokens[0], tokens)
+        assert int(alone.forwards) == ran
+    assert max(passes) <= int(trace.forwards) <= 12
+    assert trace.approximate and not exact.approximate
+    assert (np.asarray(trace.tokens) != np.asarray(exact.tokens)).any()  # the approximation is seen here
+
+
+def test_dual_cache_without_anything_outside_the_block_is_exact():
+    model, params = network("bidirectional", shift=False, positions="learned")  # rotary ones leave masks alone among themselves equal
+    sampler = ParallelSampler(8, 8, threshold=0.5)
+    empty = jnp.zeros((3, 0), jnp.int32)
+    edit = Edit("add", "resid_post@0", jax.random.normal(jax.random.key(5), (16,)), strength=jnp.array([0.0, 1.0, 3.0]), positions="masked")
+    plain, dual = (
+        generate(model, params, empty, dataclasses.replace(sampler, cache=cache), edits=(edit,), collect=("z@1",))
+        for cache in ("none", "dual")
+    )
+    assert_same(plain, dual)
+    np.testing.assert_allclose(plain.taps["z"][1], dual.taps["z"][1], atol=2e-5)
+
+
+def test_a_block_cache_without_a_prompt():
+    model, params = network("block_causal", shift=False, block_length=4, positions="learned")
+    plain, cached = (
+        generate(model, params, jnp.zeros((2, 0), jnp.int32), ParallelSampler(10, 4, 0.5, cache=c)) for c in ("none", "blocks")
+    )
+    np.testing.assert_array_equal(plain.tokens, cached.tokens)
+
+
+def test_one_program_for_all_prompts_and_edits():
+    model, params = network("block_causal", shift=False, block_length=4)
+    sampler = ParallelSampler(6, 4, cache="blocks", temperature=1.0)
+    loop = generate.__globals__["_loop"]
+    loop.clear_cache()
+    for seed in range(3):
+        edit = Edit("add", f"resid_post@{seed % 2}", jnp.full(16, float(seed)), strength=seed, positions="masked")
+        generate(model, params, prompts(2, 5, seed), sampler, key=jax.random.key(seed), edits=(edit,))
+    assert loop._cache_size() == 1
+
+
+def test_mistakes_are_named():
+    causal, block = network("bidirectional", shift=False), network("block_causal", shift=False, block_length=4)
+    for (model, params), sampler, word in [
+        (causal, ParallelSampler(8, 4, cache="blocks"), "'dual'"),
+        (block, ParallelSampler(8, 4, cache="dual"), "'blocks'"),
+        (block, ParallelSampler(8, 3, cache="blocks"), "must divide"),
+    ]:
+        with pytest.raises(UserError, match=word):
+            generate(model, params, prompts(1, 4), sampler)
+    with pytest.raises(UserError, match="multiple of 4"):
+        ParallelSampler(9, 4, cache="dual")
+    with pytest.raises(UserError, match="holds masks"):
+        generate(*causal, prompts(1, 4).at[0, 2].set(3), ParallelSampler(8, 4, cache="dual"))
+    held = Edit("set", "attn_pattern@0", jnp.ones((1, 4, 12, 12)) / 12)
+    with pytest.raises(UserError, match="attn_pattern"):
+        generate(*causal, prompts(1, 4), ParallelSampler(8, 4, cache="dual"), edits=(held,))
