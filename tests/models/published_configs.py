@@ -3,6 +3,7 @@
 Sizes and ids are those of the model cards and the original classes; counts are the published ones where the hub shows them.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 from dlmscope_jax.models import DiffusionSpec, ModelConfig, RopeScaling
@@ -95,11 +96,18 @@ _STRETCH = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_posit
 _QWEN3 = {"head_dim": 128, "qk_norm": True, "max_positions": 40960, "bos_id": 151643, "eos_id": 151645}
 
 
-def _qwen2(size: str, parameters: int, shape: tuple[int, ...], context: int, tied: bool, eos: int = 151643) -> Published:
+def _qwen2(parameters: int, shape: tuple[int, ...], context: int, tied: bool, eos: int = 151643) -> Published:
     keys = _llama_keys("qwen2", *shape, **QWEN2, bos_token_id=151643, eos_token_id=eos, max_position_embeddings=context,
         tie_word_embeddings=tied, sliding_window=context, max_window_layers=shape[1])  # fmt: skip
     facts = {"max_positions": context, "qkv_bias": True, "tied_head": tied, "bos_id": 151643, "eos_id": eos}
     return Published(keys, _llama("qwen2", *shape, **facts), parameters)
+
+
+def _a2d_qwen2() -> Published:
+    base = _qwen2(494_032_768, (896, 24, 14, 2, 4864, 151936), 32768, True, eos=151645)
+    keys = base.keys | {"model_type": "a2d-qwen2", "architectures": ["A2DQwen2LMHeadModel"], "layer_types": ["full_attention"] * 24}
+    config = dataclasses.replace(base.config, family="a2d-qwen2", attention="bidirectional")
+    return Published(keys, config, base.parameters, DiffusionSpec(151665, shift=False))
 
 
 def _dream(changes: dict[str, int], facts: dict[str, int]) -> Published:
@@ -212,14 +220,15 @@ PUBLISHED = {
         "a2d-qwen3", 596_049_920, _QWEN3_SMALL, True, {"architectures": ["A2DQwen3LMHeadModel"]}, {"attention": "bidirectional"},
         DiffusionSpec(151669, shift=False),
     ),
+    "Qwen2.5-Coder-0.5B-Instruct-diffusion-mdlm-v0.1": _a2d_qwen2(),
     "Qwen3-0.6B": _qwen3_like("qwen3", 596_049_920, _QWEN3_SMALL, True, {}, {}),
     "Qwen3-4B": _qwen3_like("qwen3", 4_022_468_096, _QWEN3_4B, True, {}, {}),
     "Qwen3-8B": _qwen3_like("qwen3", 8_190_735_360, (4096, 36, 32, 8, 12288, 151936), False, {}, {}),
-    "Qwen2.5-0.5B": _qwen2("0.5B", 494_032_768, (896, 24, 14, 2, 4864, 151936), 32768, True),
-    "Qwen2.5-1.5B": _qwen2("1.5B", 1_543_714_304, (1536, 28, 12, 2, 8960, 151936), 131072, True),
-    "Qwen2.5-3B": _qwen2("3B", 3_085_938_688, (2048, 36, 16, 2, 11008, 151936), 32768, True),
-    "Qwen2.5-7B": _qwen2("7B", 7_615_616_512, _7B, 131072, False),
-    "Qwen2.5-7B-Instruct": _qwen2("7B", 7_615_616_512, _7B, 32768, False, eos=151645),
+    "Qwen2.5-0.5B": _qwen2(494_032_768, (896, 24, 14, 2, 4864, 151936), 32768, True),
+    "Qwen2.5-1.5B": _qwen2(1_543_714_304, (1536, 28, 12, 2, 8960, 151936), 131072, True),
+    "Qwen2.5-3B": _qwen2(3_085_938_688, (2048, 36, 16, 2, 11008, 151936), 32768, True),
+    "Qwen2.5-7B": _qwen2(7_615_616_512, _7B, 131072, False),
+    "Qwen2.5-7B-Instruct": _qwen2(7_615_616_512, _7B, 32768, False, eos=151645),
     "Meta-Llama-3-8B": Published(
         _llama_keys("llama", *_8B, **LLAMA3, max_position_embeddings=8192, rope_scaling=None, tie_word_embeddings=False),
         _llama("llama", *_8B, **_LLAMA3, max_positions=8192), 8_030_261_248,

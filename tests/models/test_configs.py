@@ -1,5 +1,6 @@
 """Every published ``config.json`` is read to the same network, as the hub spells it and as transformers 5 rewrites it."""
 
+import dataclasses
 import json
 import math
 
@@ -62,6 +63,15 @@ def test_what_is_written_is_read_back(name, tmp_path):
     written = family_of(model.config.family, name).write(model.config, model.diffusion)
     assert written["model_type"] == model.keys["model_type"]
     assert read(tmp_path, written) == (model.config, model.diffusion)
+
+
+@pytest.mark.parametrize("name", ["SDAR-4B-Chat", "Fast_dLLM_v2_7B", "Qwen3-0.6B-diffusion-mdlm-v0.1", "iLLaDA-8B-Base", "mdlm-owt"])
+def test_what_files_may_leave_out_is_written(name, tmp_path):
+    """Block lengths and mask tokens other than the released models'."""
+    model = PUBLISHED[name]
+    blocks = None if model.config.block_length is None else 16
+    config, diffusion = dataclasses.replace(model.config, block_length=blocks), dataclasses.replace(model.diffusion, mask_id=77)
+    assert read(tmp_path, family_of(config.family, name).write(config, diffusion)) == (config, diffusion)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
