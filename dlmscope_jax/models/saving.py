@@ -29,12 +29,17 @@ def save_model(folder: str | os.PathLike, model: Transformer, params: dict, dtyp
       dtype: ``"bfloat16"``, ``"float32"`` or ``"float16"``, on disk.
 
     Raises:
-      UserError: for another dtype, or a folder that is a URL, cannot be written, or holds a model in several files.
+      UserError: for another dtype, folded weights (``process_weights``), or a folder that is a URL, cannot be written, or
+        holds a model in several files.
     """
     if dtype not in _NAMES:
         raise UserError(f"dtype {dtype!r} is not supported: {', '.join(map(repr, _NAMES))}")
     if "://" in os.fspath(folder):
         raise UserError(f"{os.fspath(folder)!r}: a model is saved to a folder of this machine; copy it to the bucket from there")
+    if model.config.weight_processing != "raw":
+        raise UserError(
+            f"{os.fspath(folder)}: a model folder says nothing of folded weights: save the raw ones and fold them after loading"
+        )
     folder = Path(folder)
     if (folder / INDEX).exists():
         raise UserError(f"{folder} holds a model in several files ({INDEX}): save to another folder")

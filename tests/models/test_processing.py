@@ -11,7 +11,7 @@ import pytest
 from networks import NETWORKS, random_network
 
 from dlmscope_jax.errors import UserError
-from dlmscope_jax.models import process_weights, sites_of
+from dlmscope_jax.models import process_weights, save_model, sites_of
 from dlmscope_jax.models.sharding import AXES
 
 FOLDED = [name for name in NETWORKS if name != "mdlm"]
@@ -162,6 +162,13 @@ def test_not_everything_has_biases_after_folding():
     model, params = process_weights(raw, weights)
     assert {"gate_bias", "up_bias", "down_bias", "o_bias"} <= set(params["params"]["blocks"])
     close(jax.nn.log_softmax(model.apply(params, TOKENS).logits), jax.nn.log_softmax(raw.apply(weights, TOKENS).logits))
+
+
+def test_folded_weights_are_not_saved(tmp_path):
+    """A folder could not say that they are folded, and most families have no names for the biases that folding makes."""
+    with pytest.raises(UserError, match="fold them after loading") as caught:
+        save_model(tmp_path / "folded", *pair_of("llama")[1][:2])
+    assert "\n" not in str(caught.value) and not (tmp_path / "folded").exists()
 
 
 def test_a_condition_cannot_be_folded():
