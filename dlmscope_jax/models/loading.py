@@ -64,7 +64,7 @@ def load_params(model: Transformer, weights: Weights, mesh: Mesh | None = None) 
         shardings = {_path(path): NamedSharding(mesh, spec) for path, spec in jax.tree.leaves_with_path(specs)}
     together: dict[Any, list[tuple[str, ...]]] = {}  # arrays with rows of a file's tensor in common are read together
     for path in leaves:
-        shared = table[path].fused is not None and not table[path].transposed and not path[-1].endswith("bias")
+        shared = table[path].fused is not None and not table[path].transposed
         together.setdefault(table[path].name if shared else path, []).append(path)
     params: dict[str, Any] = {}
     for paths in together.values():

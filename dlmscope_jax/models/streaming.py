@@ -83,8 +83,7 @@ def load_arrays(
     places = [sharding.addressable_devices_indices_map(shape) for sharding, shape in zip(shardings, shapes, strict=True)]
     devices = list(places[0])
     regions = [[_region(place[device], shape)[stacked:] for device in devices] for place, shape in zip(places, shapes, strict=True)]
-    distinct = [list(dict.fromkeys(of_devices)) for of_devices in regions]
-    parts = [part_of(tensor, region) for tensor, of_array in zip(tensors, distinct, strict=True) for region in of_array]
+    parts = [part_of(tensor, region) for tensor, of_devices in zip(tensors, regions, strict=True) for region in of_devices]
     mesh = Mesh(np.array(devices), ("device",), axis_types=(AxisType.Auto,))
     local = NamedSharding(mesh, PartitionSpec("device"))
     side_by_side = lambda one: (len(devices) * one[0], *one[1:])  # noqa: E731
@@ -93,14 +92,12 @@ def load_arrays(
     ]
     for layer in range(shapes[0][0] if stacked else 1):
         for start, read in chunks(weights, tensors[0].name.format(layer=layer), parts):
-            found = iter(read)
             for i, tensor in enumerate(tensors):
-                of_region = dict(zip(distinct[i], found, strict=False))
-                rows = [of_region[region] for region in regions[i]]
-                sent = jax.device_put([_as_sent(r, axes=len(regions[i][0])) for r in rows], devices)
+                of_devices = read[i * len(devices) : (i + 1) * len(devices)]
+                sent = jax.device_put([rows[:, 0] if len(regions[i][0]) == 1 else rows for rows in of_devices], devices)
                 chunk = jax.make_array_from_single_device_arrays(side_by_side(sent[0].shape), local, sent)
                 chunk = _turned(chunk, mesh) if tensor.transposed else chunk
-                buffers[i] = write_rows(buffers[i], chunk, np.int32(layer), np.int32(start), mesh, stacked, -tensor.transposed)
+                buffers[i] = write_rows(buffers[i], chunk, np.int32(layer), np.int32(start), mesh, stacked, -1 if tensor.transposed else 0)
             jax.block_until_ready(buffers)  # or chunks would pile up
     return [
         jax.make_array_from_single_device_arrays(shape, sharding, _of_devices(buffer, devices))
@@ -115,8 +112,8 @@ def write_rows(buffer: jax.Array, rows: jax.Array, layer: jax.Array, start: jax.
     def write(buffer: jax.Array, rows: jax.Array, layer: jax.Array, start: jax.Array) -> jax.Array:
         at = [jnp.int32(0)] * rows.ndim
         at[axis] = start
-        rows = rows.astype(buffer.dtype)[None] if stacked else rows.astype(buffer.dtype)
-        at = [layer, *at] if stacked else at
+        rows = rows.astype(buffer.dtype)
+        rows, at = (rows[None], [layer, *at]) if stacked else (rows, at)
         if buffer.dtype != jnp.bfloat16:
             return jax.lax.dynamic_update_slice(buffer, rows, at)
         # as bits: the compiler for CPUs would carry the whole buffer to float32 and back
@@ -134,11 +131,6 @@ def _turned(rows: jax.Array, mesh: Mesh) -> jax.Array:
     """Every device's rows as columns; within ``write_rows`` the compiler for CPUs would do this element by element."""
     each = PartitionSpec("device")
     return jax.shard_map(jnp.transpose, mesh=mesh, in_specs=each, out_specs=each)(rows)
-
-
-def _as_sent(rows: np.ndarray, axes: int) -> np.ndarray:
-    rows = rows[:, 0] if axes == 1 else rows
-    return rows.astype(np.float32) if rows.dtype == np.float64 else rows
 
 
 def _of_devices(buffer: jax.Array, devices: Sequence[jax.Device]) -> list[jax.Array]:
