@@ -4,6 +4,7 @@ One program a network holds a ``set`` edit at every site; strengths, values, lay
 of a network share one compilation, which is itself tested.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -13,7 +14,7 @@ import pytest
 from networks import NETWORKS, random_network
 
 from dlmscope_jax.errors import UserError
-from dlmscope_jax.models import Edit, InDictionary, canonical_site, parse_site, site_width, sites_of
+from dlmscope_jax.models import Edit, InDictionary, canonical_site, init_params, parse_site, site_width, sites_of
 
 BATCH, LENGTH, LAYER = 2, 7, 1
 FINAL = ("final_norm", "final_norm_scale")
@@ -333,6 +334,19 @@ def test_patterns_are_kept_only_where_they_are_collected(bench):
 
     assert kept(collect=("attn_pattern@1",))
     assert not kept() and not kept(collect=("z@1", "q@0")) and not kept(edits=(Edit("scale", "attn_pattern@1", 0.5),))
+
+
+def test_no_whole_pattern_of_a_long_text_unless_it_is_asked_for(bench):
+    """Nothing in the traced program, loops and branches included, has a side of queries and one of keys."""
+    model = bench.model.clone(config=dataclasses.replace(bench.config, max_positions=2048))
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    tokens = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
+
+    def whole(**asked):
+        return "2048,2048]" in str(jax.make_jaxpr(lambda p, t: model.apply(p, t, **asked).logits)(params, tokens))
+
+    assert not whole() and not whole(collect=("z@1", "q@1"), edits=(Edit("scale", "z@1", 0.5),))
+    assert whole(collect=("attn_pattern@1",)) and whole(edits=(Edit("scale", "attn_pattern@1", 0.5),))
 
 
 def test_what_is_not_asked_for_leaves_the_program_as_it_is(bench):
