@@ -20,7 +20,7 @@ from .. import __version__
 from ..data import Blocks
 from ..diffusion import corrupt
 from ..errors import UserError
-from ..models import Transformer, canonical_site, model_identity, parse_site, site_width
+from ..models import Transformer, canonical_site, model_identity, parse_site, site_rows, site_width
 from . import manifest
 from .corruption import Corruption
 from .layout import DTYPES, default_rows
@@ -71,7 +71,7 @@ def harvest(
       UserError: the store there was made by another model, from other blocks or with other settings; an unknown site; corruption of an
         autoregressive model; tokens that the model does not have; a write that failed.
     """
-    names = tuple(sorted({canonical_site(site) for site in sites}))
+    names = tuple(sorted({canonical_site(site, model.config) for site in sites}))
     if not names:
         raise UserError('harvest needs at least one site, such as "resid_post@3"')
     widths = {name: site_width(name, model.config) for name in names}
@@ -182,7 +182,7 @@ def _forward(
         corrupted, is_masked = (a[:, 0] for a in jax.vmap(one)(keys, tokens, rate, real))
     out = model.apply(params, corrupted, attention_mask=real if padded else None, logits=False, collect=sites)
     places = {site: parse_site(site, model.config) for site in sites}
-    row = lambda tap: tap.reshape(*tap.shape[:2], -1).astype(dtype)  # noqa: E731 - heads stand one after the other
+    row = lambda tap: site_rows(tap).astype(dtype)  # noqa: E731
     return {site: row(out.taps[name][layer]) for site, (name, layer) in places.items()}, corrupted, is_masked, rate
 
 

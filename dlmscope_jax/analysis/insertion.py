@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dlmscope_jax.diffusion import align_logits, corrupt, predicts_next
 from dlmscope_jax.errors import UserError
-from dlmscope_jax.models import Edit, canonical_site, model_identity, parse_site
+from dlmscope_jax.models import Edit, canonical_site, model_identity, parse_site, site_rows
 from dlmscope_jax.models.sites import BLOCK_SITES
 
 from .controls import CONDITIONS, block_keys, replacements
@@ -93,7 +93,7 @@ def delta_losses(
     forced = {name: check_match(d, model=model, identity=identity, force=force) for name, d in dictionaries.items()}
     dictionaries = {name: raw(dictionary) for name, dictionary in dictionaries.items()}
     padded = bool((np.asarray(blocks.documents) < 0).any())
-    plans = {name: _Plan.make(model, params, canonical_site(meta.site)) for name, (_, _, meta) in dictionaries.items()}
+    plans = {name: _Plan.make(model, params, canonical_site(meta.site, model.config)) for name, (_, _, meta) in dictionaries.items()}
     collect = tuple(sorted({site for plan in plans.values() for site in plan.taps}))
     batches = _Batches(blocks, batch_size, diffusion, jax.random.fold_in(jax.random.key(seed), 0), padded)
     source = (
@@ -245,7 +245,7 @@ def _corrupted(keys: Array, tokens: Array, rate: Array, diffusion: Any, protect:
 @functools.partial(jax.jit, static_argnames=("model", "collect"))
 def _taps(model: Any, params: dict, tokens: Array, attention: Array | None, collect: tuple[str, ...]) -> dict[str, Array]:
     taps = model.apply(params, tokens, attention_mask=attention, logits=False, collect=collect).taps
-    return {f"{name}@{layer}": value for name, layers in taps.items() for layer, value in layers.items()}
+    return {f"{name}@{layer}": site_rows(value) for name, layers in taps.items() for layer, value in layers.items()}
 
 
 @functools.partial(jax.jit, static_argnames=("model", "spec", "site"))

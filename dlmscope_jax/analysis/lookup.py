@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from dlmscope_jax.data import Tokenizer, load_tokenizer
 from dlmscope_jax.diffusion import corrupt
 from dlmscope_jax.errors import UserError
-from dlmscope_jax.models import canonical_site, model_identity, parse_site
+from dlmscope_jax.models import canonical_site, model_identity, parse_site, site_rows
 
 from .match import Dictionary, check_match, raw
 from .records import FeatureRecord
@@ -66,9 +66,9 @@ def latents_for(
         tokens, _ = corrupt(jax.random.key(seed), original, rate, model.diffusion, exact=True)
     if model.diffusion is not None:
         is_masked = tokens == model.diffusion.mask_id
-    site = canonical_site(meta.site)
+    site = canonical_site(meta.site, model.config)
     name, layer = parse_site(site, model.config)
-    x = model.apply(params, tokens, logits=False, collect=(site,)).taps[name][layer]
+    x = site_rows(model.apply(params, tokens, logits=False, collect=(site,)).taps[name][layer])
     values, indices = (np.asarray(a) for a in _largest(spec, weights, x[0].astype(jnp.float32), min(top, spec.width)))
     active = [[[int(i), round(float(v), 5)] for v, i in zip(*row, strict=True) if v > 0] for row in zip(values, indices, strict=True)]
     fired = sorted((-value, position, int(latent)) for position, row in enumerate(active) for latent, value in row)

@@ -53,9 +53,10 @@ def check_match(
       UserError: on a mismatch without ``force``, or a width that cannot work.
     """
     spec, _, meta = dictionary
-    site = canonical_site(site or meta.site)
+    config = None if model is None else model.config
+    site, trained = canonical_site(site or meta.site, config), canonical_site(meta.site, config)
     found = []
-    if site != canonical_site(meta.site):
+    if site != trained:
         found.append(f"it was trained at {meta.site}, not {site}")
     if model is not None and site_width(site, model.config) != spec.d_in:
         raise UserError(f"dictionary for {meta.site}: width {spec.d_in}, but {site} of this model has {site_width(site, model.config)}")

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from dlmscope_jax.diffusion import generate
 from dlmscope_jax.errors import UserError
-from dlmscope_jax.models import Edit, canonical_site
+from dlmscope_jax.models import Edit, canonical_site, site_rows
+from dlmscope_jax.models.sites import FINAL_SITES
 
 from .match import raw
 
@@ -131,7 +132,7 @@ def steered_generation(
     if prompt.ndim != 2 or prompt.shape[0] != 1:
         raise UserError(f"steered_generation: the prompt has shape {tuple(prompt.shape)}; give one row, [1, P]")
     spec, weights, meta = raw(dictionary)
-    read, written = canonical_site(meta.site), f"{edit.site}@{int(edit.layer)}"
+    read, written = canonical_site(meta.site, model.config), edit.place
     seen: set[int] = set()
     out: dict[str, Any] = {}
     for name, edits in (("plain", ()), ("steered", (edit,))):
@@ -171,7 +172,8 @@ def _row_sparse(codes: Any) -> bool:
 def _replay(model: Any, params: dict, states: Int[Array, "S L"], collect: tuple[str, ...]) -> dict[str, Float[Array, "S L D"]]:
     """Activations that each step had before its edit: the states run again, all at once, without edits."""
     taps = model.apply(params, states, logits=False, collect=collect).taps
-    return {f"{name}@{layer}": x.astype(jnp.float32) for name, layers in taps.items() for layer, x in layers.items()}
+    place = lambda name, layer: name if name in FINAL_SITES else f"{name}@{layer}"  # noqa: E731
+    return {place(name, layer): site_rows(x).astype(jnp.float32) for name, layers in taps.items() for layer, x in layers.items()}
 
 
 @functools.partial(jax.jit, static_argnames="spec")

@@ -6,6 +6,7 @@ shape: entries that a pass did not compute are those of the last pass that did, 
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -146,7 +147,8 @@ def edit_at(edit: Edit, columns: Int[Array, "B W"], text: Text) -> Edit:
             if value.ndim > 1:
                 raise UserError("edit of attn_pattern with a value per token: generate reads the whole text for that, with cache='none'")
         else:
-            value = _cut(value, columns, len(site_shape(edit.site, text.model.config)))
+            shape = site_shape(edit.site, text.model.config)  # of all heads side by side where the value is so wide
+            value = _cut(value, columns, 1 if value.shape[-1:] == (math.prod(shape),) else len(shape))
     elif isinstance(value, InDictionary):
         value = value.replace(target=_cut(jnp.asarray(value.target), columns, 0))
     return edit.replace(mask=mask, value=value)

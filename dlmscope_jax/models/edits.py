@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from dlmscope_jax.errors import UserError
 
-from .sites import BLOCK_SITES, FINAL_SITES, parse_site
+from .sites import BLOCK_SITES, FINAL_SITES, parse_site, site_rows
 
 KINDS = ("add", "set", "scale", "project_out", "clamp_code", "ablate_code", "replace_by_dictionary")
 DICTIONARY_KINDS = KINDS[4:]
@@ -53,8 +53,8 @@ class Edit:
       site: where it writes, ``"mlp_out@3"``; the layer is split off into ``layer``, which is data.
       value: ``add``: a vector [D], an array [B, T, D] or an object with ``at(x)``; ``set``, ``scale``: an array that
         broadcasts against the site's activations (``set`` holds an ``attn_pattern`` or a norm's scale fixed);
-        ``project_out``: a direction [D]; dictionary kinds: an ``InDictionary``, for whom the heads of a per-head site
-        stand one after the other.
+        ``project_out``: a direction [D]; dictionary kinds: an ``InDictionary``. For dictionaries, rules and values that are
+        as wide as all heads together, the heads of a per-head site stand one after the other.
       strength: multiplies the change; scalar or [B].
       positions: one of ``POSITIONS`` (static), or a boolean array [B, T]; of ``attn_pattern`` they are the queries.
       schedule: ``"constant"`` or a float array [S], one factor a denoising step.
@@ -147,9 +147,8 @@ class Edit:
         """``x + mask * strength * delta(x)``, with ``read`` for what a dictionary encodes."""
         if self.positions not in ("all", "mask"):
             raise UserError(f"edit: positions {self.positions!r} is resolved during generation; here give 'all' or a boolean array")
-        if isinstance(self.value, InDictionary) and 4 in (x.ndim, read.ndim):  # a dictionary's rows hold all heads
-            rows = lambda a: a.reshape(*a.shape[:2], -1)  # noqa: E731
-            return self.apply(rows(x), rows(read)).reshape(x.shape)
+        if self._of_rows(x, read):
+            return self.apply(site_rows(x), site_rows(read)).reshape(x.shape)
         factor = jnp.asarray(self.strength, jnp.float32)
         factor = factor.reshape(-1, *[1] * (x.ndim - 1)) if factor.ndim == 1 else factor
         if self.positions == "mask":
@@ -157,6 +156,18 @@ class Edit:
             rest = [1] * (x.ndim - 2)
             factor = factor * (mask[:, None, :, None] if self.site == "attn_pattern" else mask.reshape(*mask.shape, *rest))
         return (x.astype(jnp.float32) + factor * self._delta(x.astype(jnp.float32), read.astype(jnp.float32))).astype(x.dtype)
+
+    def _of_rows(self, x: Array, read: Array) -> bool:
+        """Whether the heads of a per-head site are to be laid side by side first."""
+        if 4 not in (x.ndim, read.ndim) or self.site == "attn_pattern":
+            return False
+        whole = x.shape[2] * x.shape[3] if x.ndim == 4 else None
+        return isinstance(self.value, InDictionary) or _is_rule(self.value) or jnp.shape(self.value)[-1:] == (whole,) != x.shape[3:]
+
+    @property
+    def place(self) -> str:
+        """Where it writes, as a site: ``"mlp_out@3"``. The layer must be known, not traced."""
+        return self.site if self.site in FINAL_SITES else f"{self.site}@{int(self.layer)}"
 
     def _delta(self, x: Array, read: Array) -> Array:
         value = self.value

@@ -14,6 +14,8 @@ import math
 import re
 from collections.abc import Callable
 
+from jaxtyping import Array, Float
+
 from dlmscope_jax.errors import UserError
 
 from .config import ModelConfig
@@ -61,8 +63,17 @@ _WHERE: dict[str, Callable[[ModelConfig], bool]] = {
     "resid_mid": lambda c: not c.parallel,
 }
 
+# module paths that mean something else where the outputs of attention and MLP are normed before they are added (Gemma-2)
+_POST_NORM_ALIASES = [
+    (re.compile(r"(?:model\.)?layers\.(\d+)\.self_attn(?:\.o_proj)?"), "attn_raw"),
+    (re.compile(r"(?:model\.)?layers\.(\d+)\.post_attention_layernorm"), "attn_out"),
+    (re.compile(r"(?:model\.)?layers\.(\d+)\.pre_feedforward_layernorm"), "mlp_in"),
+    (re.compile(r"(?:model\.)?layers\.(\d+)\.mlp(?:\.down_proj)?"), "mlp_raw"),
+    (re.compile(r"(?:model\.)?layers\.(\d+)\.post_feedforward_layernorm"), "mlp_out"),
+]
 _ALIASES = [
-    (re.compile(r"blocks\.(\d+)\.hook_(resid_pre|attn_out|resid_mid|mlp_in|mlp_out|resid_post)"), None),
+    (re.compile(r"blocks\.(\d+)\.hook_(resid_pre|attn_out|resid_mid|mlp_out|resid_post)"), None),
+    (re.compile(r"blocks\.(\d+)\.hook_mlp_in"), "resid_mid"),  # a copy of the residual stream there, before the norm
     (re.compile(r"blocks\.(\d+)\.attn\.hook_(q|k|v|z)"), None),
     (re.compile(r"blocks\.(\d+)\.attn\.hook_pattern"), "attn_pattern"),
     (re.compile(r"blocks\.(\d+)\.ln1\.hook_scale"), "attn_norm_scale"),
@@ -103,7 +114,7 @@ def parse_site(site: str, config: ModelConfig | None = None) -> tuple[str, int]:
 
     Args:
       site: ``"resid_post@5"``, ``"final_norm"`` or an alias such as ``"blocks.5.hook_resid_post"``.
-      config: the model, to check the site against; None checks the name alone.
+      config: the model, to check the site against; None checks the name alone, and takes module paths as Llama has them.
 
     Returns:
       The name and the 0-based layer; the layer of ``final_norm`` and its scale is the number of layers (-1 without a
@@ -114,7 +125,7 @@ def parse_site(site: str, config: ModelConfig | None = None) -> tuple[str, int]:
     """
     name, at, layer = site.partition("@")
     if not at:
-        for pattern, fixed in _ALIASES:
+        for pattern, fixed in [*(_POST_NORM_ALIASES if config and config.post_norms else ()), *_ALIASES]:
             if match := pattern.fullmatch(site):
                 digits, words = [g for g in match.groups() if g.isdigit()], [g for g in match.groups() if not g.isdigit()]
                 name, layer = fixed or words[0], (digits or [""])[0]
@@ -131,15 +142,20 @@ def parse_site(site: str, config: ModelConfig | None = None) -> tuple[str, int]:
     return name, int(layer)
 
 
-def canonical_site(site: str) -> str:
-    """The one spelling of a site: ``"blocks.5.hook_resid_post"`` becomes ``"resid_post@5"``."""
-    name, layer = parse_site(site)
+def canonical_site(site: str, config: ModelConfig | None = None) -> str:
+    """The one spelling of a site: ``"blocks.5.hook_resid_post"`` becomes ``"resid_post@5"``; arguments as in ``parse_site``."""
+    name, layer = parse_site(site, config)
     return name if name in FINAL_SITES else f"{name}@{layer}"
 
 
 def site_shape(name: str, config: ModelConfig) -> tuple[int, ...]:
     """Shape of one token's entry at a site: ``(D,)``, ``(N, H)`` for a per-head site, ``(1,)`` for a norm's scale."""
     return FINAL_SITES[name](config) if name in FINAL_SITES else BLOCK_SITES[name](config)
+
+
+def site_rows(tap: Float[Array, "B T *_"]) -> Float[Array, "B T W"]:
+    """What was collected at a site as rows of ``site_width`` entries: the heads of a per-head site one after the other."""
+    return tap.reshape(*tap.shape[:2], -1)
 
 
 def site_width(site: str, config: ModelConfig) -> int:

@@ -61,8 +61,11 @@ def test_a_perfect_dictionary_loses_exactly_nothing(tiny, kind, site):
 
 @pytest.mark.parametrize(
     ("kind", "site"),
-    [("dlm", "resid_post@1"), ("dlm", "resid_pre@0"), ("dream", "resid_post@2"), ("dream", "mlp_out@1"), ("ar", "resid_post@1")],
-)
+    [
+        ("dlm", "resid_post@1"), ("dlm", "resid_pre@0"), ("dream", "resid_post@2"), ("dream", "mlp_out@1"), ("ar", "resid_post@1"),
+        ("ar", "z@1"),
+    ],
+)  # fmt: skip
 def test_losses_equal_edits_of_the_whole_model(tiny, kind, site):
     """The upper layers alone give what the whole model gives, for splice, zero and clean; the last block is padded."""
     model, params = tiny.model(kind)

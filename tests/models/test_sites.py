@@ -407,9 +407,39 @@ def test_sites_that_a_network_lacks_are_named(name):
         ("h.3.ln_1", "attn_in@3"), ("transformer.h.3.attn.c_proj", "attn_out@3"), ("h.3.mlp", "mlp_out@3"),
         ("gpt_neox.layers.2", "resid_post@2"), ("gpt_neox.layers.2.attention.dense", "attn_out@2"),
         ("gpt_neox.layers.2.mlp.dense_4h_to_h", "mlp_out@2"), ("gpt_neox.layers.2.post_attention_layernorm", "mlp_in@2"),
+        ("blocks.5.hook_mlp_in", "resid_mid@5"),
         ("model.layers.3.input_layernorm", "attn_in@3"), ("model.layers.3.self_attn.o_proj", "attn_out@3"),
     ],
 )  # fmt: skip
 def test_aliases(alias, site):
     assert canonical_site(alias) == site
     assert parse_site(alias) == parse_site(site)
+
+
+def test_module_paths_of_a_model_that_norms_outputs():
+    """Gemma-2's modules: the projections' outputs are raw, what the later norms give is added."""
+    config = NETWORKS["gemma2"]
+    for path, site in [
+        ("model.layers.1.self_attn", "attn_raw@1"), ("model.layers.1.post_attention_layernorm", "attn_out@1"),
+        ("model.layers.1.pre_feedforward_layernorm", "mlp_in@1"), ("model.layers.1.mlp.down_proj", "mlp_raw@1"),
+        ("model.layers.1.post_feedforward_layernorm", "mlp_out@1"), ("model.layers.1", "resid_post@1"),
+    ]:  # fmt: skip
+        assert canonical_site(path, config) == site
+    assert canonical_site("model.layers.1.mlp") == "mlp_out@1"
+
+
+def test_values_as_wide_as_all_heads():
+    """A direction of all heads side by side does what the same numbers by heads do; a rule sees rows."""
+    model, params = random_network(NETWORKS["llama"])
+    heads, width = model.config.n_heads, model.config.head_dim
+    value = jax.random.normal(jax.random.key(4), (heads * width,))
+
+    class Double:
+        def at(self, x):
+            assert x.shape[-1] == heads * width
+            return x
+
+    run = lambda *edits: model.apply(params, tokens_of(0), edits=edits).logits  # noqa: E731
+    flat, split = run(Edit("add", "z@1", value)), run(Edit("add", "z@1", value.reshape(heads, width)))
+    np.testing.assert_array_equal(flat, split)
+    np.testing.assert_allclose(run(Edit("add", "z@1", Double())), run(Edit("scale", "z@1", 2.0)), atol=2e-5)
