@@ -150,8 +150,8 @@ def edit_at(edit: Edit, columns: Int[Array, "B W"], text: Text) -> Edit:
             shape = site_shape(edit.site, text.model.config)  # of all heads side by side where the value is so wide
             value = _cut(value, columns, 1 if value.shape[-1:] == (math.prod(shape),) else len(shape))
     elif isinstance(value, InDictionary):
-        value = value.replace(target=_cut(jnp.asarray(value.target), columns, 0))
-    return edit.replace(mask=mask, value=value)
+        value = dataclasses.replace(value, target=_cut(jnp.asarray(value.target), columns, 0))
+    return dataclasses.replace(edit, mask=mask, value=value)
 
 
 def _cut(value: Array, columns: Array, trailing: int) -> Array:

@@ -1,6 +1,7 @@
 """One transformer block: attention and an MLP around the residual stream, with a site at every value worth reading."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -119,7 +120,7 @@ class Block(nn.Module):
         if cache is not None:
             rows = jnp.arange(batch)[:, None]
             put = lambda store, new: store.at[layer, rows, context.columns].set(new.astype(store.dtype))  # noqa: E731
-            cache = cache.replace(k=put(cache.k, k), v=put(cache.v, v))
+            cache = replace(cache, k=put(cache.k, k), v=put(cache.v, v))
             k, v = (jax.lax.dynamic_index_in_dim(a, layer, 0, keepdims=False).astype(self.dtype) for a in (cache.k, cache.v))
         scale = cfg.head_dim**-0.5 if cfg.attention_scale is None else cfg.attention_scale
         if "attn_pattern" in taps or any(edit.site == "attn_pattern" for edit in context.edits):

@@ -6,6 +6,7 @@ site do. ``clamp_code`` and ``ablate_code`` move ``x`` along one decoder row and
 ``replace_by_dictionary`` drops it.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -141,7 +142,7 @@ class Edit:
             "masked_prev": jnp.concatenate([masked[:, 1:], jnp.zeros_like(masked[:, :1])], axis=1),
             "mask": self.mask,
         }[self.positions]
-        return self.replace(strength=strength, positions="mask", mask=jnp.broadcast_to(chosen, masked.shape), schedule=None)
+        return replace(self, strength=strength, positions="mask", mask=jnp.broadcast_to(chosen, masked.shape), schedule=None)
 
     def apply(self, x: Float[Array, "B T *_"], read: Float[Array, "B T *_"]) -> Float[Array, "B T *_"]:
         """``x + mask * strength * delta(x)``, with ``read`` for what a dictionary encodes."""

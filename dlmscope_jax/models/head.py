@@ -1,5 +1,6 @@
 """The output head, and what it says about a vector of the residual stream."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -49,7 +50,7 @@ class Head:
     def part(self, start: Array, length: int) -> "Head":
         """The head of ``length`` tokens from ``start``, which may be traced."""
         cut = lambda a: jax.lax.dynamic_slice_in_dim(a, start, length, axis=0)  # noqa: E731
-        return self.replace(rows=cut(self.rows), bias=None if self.bias is None else cut(self.bias))
+        return replace(self, rows=cut(self.rows), bias=None if self.bias is None else cut(self.bias))
 
 
 def head_of(tree: dict, config: ModelConfig) -> Head:
@@ -107,4 +108,4 @@ def logit_lens(model: Any, params: dict, resid: Float[Array, "*n D"], norm: str 
         modulation = final_modulation(tree, config)
         gain = tree["final_norm"].astype(jnp.float32) + (1.0 if config.norm_offset else 0.0)
         resid = resid * (gain if modulation is None else gain * (1.0 + modulation[1]))
-    return head.replace(bias=None, cap=None).logits(resid, model.dtype)
+    return replace(head, bias=None, cap=None).logits(resid, model.dtype)

@@ -1,5 +1,6 @@
 """The language model: a pure function of parameters, tokens, sites to collect and edits."""
 
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -130,7 +131,7 @@ class Transformer(nn.Module):
             (x, taps, cache), (layer, weights) = carry, step
             if weights is None:  # a prefix of the layers: slicing the stack would copy it
                 weights = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, layer, 0, keepdims=False), blocks)
-            here = context if windows is None else context.replace(see=see.replace(window=windows[layer]))
+            here = context if windows is None else replace(context, see=replace(see, window=windows[layer]))
             return block.apply({"params": weights}, x, layer, here, taps, cache), None
 
         x = self._embed(tree, tokens, position_ids)
@@ -204,11 +205,11 @@ class Transformer(nn.Module):
     ) -> tuple[Visibility, Cache | None]:
         """Which keys are seen, and the cache with the new tokens' positions written."""
         cfg = self.config
-        rule = {"rule": cfg.attention, "block_length": cfg.block_length}
+        rule: dict[str, Any] = {"rule": cfg.attention, "block_length": cfg.block_length}
         if cache is not None:
             written = position_ids if keep is None else jnp.where(keep, position_ids, -1)
             position = cache.position.at[jnp.arange(len(columns))[:, None], columns].set(written.astype(jnp.int32))
-            return Visibility(position_ids, position, padded=True, **rule), cache.replace(position=position)
+            return Visibility(position_ids, position, padded=True, **rule), replace(cache, position=position)
         # causal order is the order of the tokens, whatever their position ids
         query = position_ids if cfg.attention == "block_causal" else jnp.arange(position_ids.shape[1])[None]
         key = query if keep is None else jnp.where(keep.astype(bool), query, -1)
