@@ -151,7 +151,7 @@ def test_llada_token_for_token(stubs, ref, sampler, masks):
     total, first = LENGTH + sampler.gen_length, 0 if masks else LENGTH
     for seed in range(3):
         prompt, keep = ref.prompts(seed, ROWS, LENGTH, masks)
-        key = jax.random.key(seed)
+        key = ref.key(seed)
         trace = generate(model, model.params, prompt, sampler, key=key, attention_mask=keep)
         order = gumbel = [None] * ROWS
         if sampler.remasking == "random":
@@ -197,7 +197,7 @@ def test_dream_token_for_token(stubs, ref, sampler, masks):
     total, first = LENGTH + sampler.max_new_tokens, 0 if masks else LENGTH
     for seed in range(3):
         prompt, keep = ref.prompts(seed, ROWS, LENGTH, masks)
-        key = jax.random.key(seed)
+        key = ref.key(seed)
         trace = generate(model, model.params, prompt, sampler, key=key, attention_mask=keep)
         order = gumbel = [None] * ROWS
         if sampler.algorithm == "origin" or sampler.alg_temp:

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 
@@ -52,7 +51,7 @@ def test_token_for_token(stubs, ref, sampler):
     model, stopped = stubs.ar, 0
     for seed in range(4):
         prompt, keep = ref.prompts(seed, ROWS, LENGTH)
-        key = jax.random.key(seed)
+        key = ref.key(seed)
         trace = generate(model, model.params, prompt, sampler, key=key, attention_mask=keep)
         gumbels = ref.draws(ref.gumbel, key, None, ROWS, 0, NEW, 1, 23) if sampler.temperature else [None] * ROWS
         for row in range(ROWS):

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from dlmscope_jax.diffusion import dream_counts, dream_timesteps
+from dlmscope_jax.diffusion import dream_counts, dream_timesteps, mdlm_stays
 
 
 def test_times_and_counts_are_torchs():
@@ -18,3 +18,13 @@ def test_times_and_counts_are_torchs():
                     counts.append(int(mean * (1 - times[i + 1] / times[i])) if i < steps - 1 else int(mean))
                     left -= counts[-1]
                 assert dream_counts(masks, steps, eps).tolist() == counts, (steps, eps, masks)
+
+
+def test_mdlm_stays_as_in_its_own_code():
+    """``t - dt`` over t, with the times and the step as MDLM's ``_sample`` computes them."""
+    for steps in (1, 2, 7, 64, 128, 1000):
+        for eps in (1e-5, 1e-3, 0.2):
+            times = torch.linspace(1, eps, steps + 1)[:-1]
+            stays = (times - (1 - eps) / steps) / times
+            np.testing.assert_allclose(mdlm_stays(steps, eps), stays.clamp(min=0).numpy(), rtol=0, atol=2e-7)
+            np.testing.assert_allclose(np.prod(mdlm_stays(steps, eps).astype(np.float64)), eps, rtol=2e-3)
