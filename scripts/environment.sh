@@ -1,5 +1,6 @@
 # Sourced by quickstart and test: finds a Python, makes the virtual environment, installs when pyproject.toml changed.
 # Needs: root (the repository), wanted ("" or "3.11" or "3.12"). Sets: venv, python.
+# apart, where it is set, is added to the environment's name.
 
 stop() {
     echo "${0##*/}: $1" >&2
@@ -44,6 +45,7 @@ environment() {
     esac
     venv="$root/.venv"
     [ "$wanted" = 3.12 ] && venv="$root/.venv-3.12"
+    venv=$venv${apart:-}
     python="$venv/bin/python"
     if [ -e "$venv" ] && ! supported "$python" && "$python" -c '' >/dev/null 2>&1; then
         stop "$venv holds $("$python" --version 2>&1), needed is Python ${wanted:-3.11 or 3.12}: move it away and start again."

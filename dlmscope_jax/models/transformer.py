@@ -109,10 +109,11 @@ class Transformer(nn.Module):
             if length > cache.k.shape[2]:
                 raise UserError(f"{length} tokens do not fit in a cache of {cache.k.shape[2]}")
             columns = start[:, None] + jnp.arange(length)
+        indexed = position_ids is None
         if position_ids is None:
             position_ids = columns if columns is not None else jnp.arange(length)[None]
         position_ids = jnp.broadcast_to(position_ids, (batch, length))
-        see, cache = self._visibility(position_ids, attention_mask, cache, columns)
+        see, cache = self._visibility(position_ids, attention_mask, cache, columns, indexed)
         wanted = {name: sorted({layer for n, layer in sites if n == name}) for name, _ in sites if name not in FINAL_SITES}
         slot = lambda layers, i: layers.index(i) if i in layers else len(layers)  # noqa: E731
         context = Context(
@@ -201,7 +202,7 @@ class Transformer(nn.Module):
         return x + tree["positions"].astype(self.dtype)[position_ids] if self.config.positions == "learned" else x
 
     def _visibility(
-        self, position_ids: Array, keep: Array | None, cache: Cache | None, columns: Array | None
+        self, position_ids: Array, keep: Array | None, cache: Cache | None, columns: Array | None, indexed: bool
     ) -> tuple[Visibility, Cache | None]:
         """Which keys are seen, and the cache with the new tokens' positions written."""
         cfg = self.config
@@ -211,9 +212,10 @@ class Transformer(nn.Module):
             position = cache.position.at[jnp.arange(len(columns))[:, None], columns].set(written.astype(jnp.int32))
             return Visibility(position_ids, position, padded=True, **rule), replace(cache, position=position)
         # causal order is the order of the tokens, whatever their position ids
-        query = position_ids if cfg.attention == "block_causal" else jnp.arange(position_ids.shape[1])[None]
+        own = cfg.attention == "block_causal" and not indexed
+        query = position_ids if own else jnp.arange(position_ids.shape[1])[None]
         key = query if keep is None else jnp.where(keep.astype(bool), query, -1)
-        return Visibility(query, key, padded=keep is not None, **rule), None
+        return Visibility(query, key, padded=keep is not None, indexed=not own, **rule), None
 
     def _buffer(self, name: str, rows: int, batch: int, length: int, keys: int) -> Array:
         if name == "attn_pattern":
