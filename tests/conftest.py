@@ -1,5 +1,6 @@
 """What every test runs under: no slow or torch tests unless wanted, strict dtypes where the mathematics is, one compile cache."""
 
+import gc
 import inspect
 import os
 import re
@@ -95,6 +96,17 @@ def strict_dtypes(request: pytest.FixtureRequest) -> Iterator[None]:
 
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs() -> Iterator[None]:
+    """Drops a file's compiled programs behind it: each holds memory maps, of which a process may have 65,530."""
+    yield
+    if "jax" in sys.modules:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
