@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -61,6 +62,7 @@ class Block(nn.Module):
     config: ModelConfig
     dtype: jnp.dtype
     mesh: Mesh | None = None
+    trains: bool = False
 
     @nn.compact
     def __call__(
@@ -139,7 +141,8 @@ class Block(nn.Module):
         # what writes to the residual stream starts small, so that the stream's variance stays that of the embedding
         share = 2 * self.config.n_layers if name in ("o", "down") else 1
         weight = self._weight(name, value.shape[-1], width, std=1 / math.sqrt(value.shape[-1] * share))
-        out = project(value, weight.astype(self.dtype), precision_of(self.dtype))
+        multiply = project if self.trains else partial(jnp.matmul, precision=precision_of(self.dtype))
+        out = multiply(value, weight.astype(self.dtype))
         return out + self._bias(name, width).astype(self.dtype) if bias else out
 
     def _bias(self, name: str, width: int) -> Array:

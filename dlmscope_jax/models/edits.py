@@ -11,12 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from dlmscope_jax.errors import UserError
 
-from .sites import BLOCK_SITES, FINAL_SITES, parse_site, site_rows
+from .config import ModelConfig
+from .sites import BLOCK_SITES, FINAL_SITES, ambiguous, parse_site, site_rows, sites_of
 
 KINDS = ("add", "set", "scale", "project_out", "clamp_code", "ablate_code", "replace_by_dictionary")
 DICTIONARY_KINDS = KINDS[4:]
@@ -77,6 +79,8 @@ class Edit:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
         # a site without its layer has been through here before: jax rebuilds pytrees from their parts
         if "@" in self.site or "." in self.site or self.site not in BLOCK_SITES and self.layer is None and self.value is not None:
+            if (meanings := ambiguous(self.site)) is not None:
+                raise UserError(f"edit: site {self.site!r} means {meanings} depending on the model: write the one that is meant")
             name, layer = parse_site(self.site)
             put("site", name)
             put("layer", jnp.int32(layer))
@@ -189,6 +193,17 @@ class Edit:
         target = value.target if self.kind == "clamp_code" else 0.0
         change = jnp.asarray(target, jnp.float32) - codes.latent(value.latent)
         return change[..., None] * spec.direction(params, value.latent).astype(jnp.float32)
+
+
+def check_edits(edits: tuple[Edit, ...], config: ModelConfig) -> None:
+    """Raises ``UserError`` for an edit that would never be reached: of a site that the model lacks, or past its layers."""
+    for edit in edits:
+        for name in (edit.site, edit.read_site or edit.site):
+            if name not in (*sites_of(config), *FINAL_SITES):
+                raise UserError(f"edit: this model ({config.family}) has no {name}; it has {', '.join(sites_of(config))}")
+        if edit.site not in FINAL_SITES and not isinstance(edit.layer, jax.core.Tracer):
+            if (np.asarray(edit.layer) >= config.n_layers).any():
+                raise UserError(f"edit at {edit.place}: this model has layers 0 to {config.n_layers - 1}")
 
 
 def apply_edits(edits: tuple[Edit, ...], name: str, layer: Array, x: Array, seen: dict[str, Array]) -> Array:

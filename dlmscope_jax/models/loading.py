@@ -139,7 +139,7 @@ def model_identity(model: Transformer, params: dict) -> str:
 
     Activations and dictionaries carry it, so that they are not used on another model by mistake.
     """
-    digest = hashlib.sha256(repr((model.config, model.diffusion)).encode())
+    digest = hashlib.sha256(repr((model.config.facts(), model.diffusion)).encode())
     for path, leaf in jax.tree.leaves_with_path(_summary(params["params"])):
         digest.update(jax.tree_util.keystr(path).encode())
         digest.update(np.asarray(leaf).tobytes())

@@ -56,14 +56,17 @@ def partition_specs(params: Any, mesh: Mesh) -> Any:
       mesh: has the axes ``data`` and ``model``.
 
     Raises:
-      UserError: for a parameter without declared axes, or a dimension that the mesh does not divide.
+      UserError: for a parameter without declared axes, or a dimension other than the vocabulary that the mesh does not divide.
     """
 
     def spec(path: tuple, leaf: Any) -> PartitionSpec:
         name = path[-1].key
         if name not in AXES:
             raise UserError(f"parameter {jax.tree_util.keystr(path)} has no declared axes")
-        placed = tuple(RULES.get(axis) if RULES.get(axis) in mesh.axis_names else None for axis in AXES[name])
+        placed: tuple[str | None, ...] = tuple(RULES.get(axis) if RULES.get(axis) in mesh.axis_names else None for axis in AXES[name])
+        # a vocabulary such as GPT-2's 50,257 stays whole where it cannot be divided
+        whole = [AXES[name][i] == "vocab" and axis is not None and leaf.shape[i] % mesh.shape[axis] for i, axis in enumerate(placed)]
+        placed = tuple(None if keep else axis for axis, keep in zip(placed, whole, strict=True))
         for size, axis in zip(leaf.shape, placed, strict=True):
             if axis is not None and size % mesh.shape[axis]:
                 where = jax.tree_util.keystr(path)

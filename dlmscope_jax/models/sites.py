@@ -104,6 +104,15 @@ _ALIASES = [
 ]  # fmt: skip
 
 
+def ambiguous(site: str) -> str | None:
+    """The two meanings of a module path that depends on whether outputs are normed before they are added; None for others."""
+    for pattern, other in _POST_NORM_ALIASES:
+        if match := pattern.fullmatch(site):
+            usual = [name for p, name in _ALIASES if p.fullmatch(site) and name != other]
+            return f"{usual[0]}@{match[1]} or {other}@{match[1]}" if usual else None
+    return None
+
+
 def sites_of(config: ModelConfig) -> tuple[str, ...]:
     """Names of the sites that each block of this model has, in the order in which it computes them."""
     return tuple(name for name in BLOCK_SITES if _WHERE.get(name, lambda c: True)(config))

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from dlmscope_jax.errors import UserError
@@ -15,10 +15,12 @@ from dlmscope_jax.errors import UserError
 from .attention import Visibility
 from .block import Block, Cache, Context
 from .config import DiffusionSpec, ModelConfig
-from .edits import Edit
+from .edits import Edit, check_edits
 from .head import Head, final_norm, head_of, sigma_condition
 from .layers import rope_tables
-from .sites import FINAL_NORM, FINAL_SCALE, FINAL_SITES, parse_site, site_shape, sites_of
+from .sites import FINAL_NORM, FINAL_SCALE, FINAL_SITES, parse_site, site_shape
+
+_CUTTING = ("dynamic_slice", "squeeze", "convert_element_type")  # how one layer's weights come out of the stack
 
 SIGMA_WIDTH = 256  # of MDLM's embedding of the noise level
 
@@ -49,13 +51,17 @@ class Transformer(nn.Module):
       config: the shape of the network.
       diffusion: what makes it a masked diffusion model, None for an autoregressive one.
       dtype: the dtype of the computation; norms, rotary tables and softmax are in float32.
-      mesh: the devices that the parameters lie on, None for one; kernels that no compiler can divide need it.
+      mesh: the devices that the parameters lie on, None for one: the batch stays divided over its axis ``data``, and
+        kernels that no compiler can divide know how to.
+      trains: whether the gradient of all weights will be taken, for which a CPU has a faster form of the linear maps;
+        it has no forward-mode derivative.
     """
 
     config: ModelConfig
     diffusion: DiffusionSpec | None = None
     dtype: jnp.dtype = jnp.float32
     mesh: Mesh | None = None
+    trains: bool = False
 
     @nn.compact
     def __call__(
@@ -92,10 +98,7 @@ class Transformer(nn.Module):
         tree = self._parameters()
         sites = [parse_site(site, cfg) for site in collect]
         edits = tuple(edits)
-        known = {*sites_of(cfg), *FINAL_SITES}
-        for name in (name for edit in edits for name in (edit.site, edit.read_site or edit.site)):
-            if name not in known:  # it would never be reached
-                raise UserError(f"edit: this model ({cfg.family}) has no {name}; it has {', '.join(sites_of(cfg))}")
+        check_edits(edits, cfg)
         whole = logits is not False or any(name in FINAL_SITES for name, _ in sites)
         n_run = cfg.n_layers if whole else max((layer + 1 for _, layer in sites), default=0)
 
@@ -125,7 +128,7 @@ class Transformer(nn.Module):
             slots={name: jnp.array([slot(layers, i) for i in range(cfg.n_layers)]) for name, layers in wanted.items()},
         )
         buffers = {name: self._buffer(name, len(layers) + 1, batch, length, see.key.shape[1]) for name, layers in wanted.items()}
-        block, blocks = Block(cfg, self.dtype, self.mesh, parent=None), tree["blocks"]
+        block, blocks = Block(cfg, self.dtype, self.mesh, self.trains, parent=None), tree["blocks"]
         windows = jnp.array([cfg.window if on else 2**30 for on in cfg.windowed]) if any(cfg.windowed) else None
 
         def run(carry: tuple, step: tuple) -> tuple:
@@ -133,12 +136,16 @@ class Transformer(nn.Module):
             if weights is None:  # a prefix of the layers: slicing the stack would copy it
                 weights = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, layer, 0, keepdims=False), blocks)
             here = context if windows is None else replace(context, see=replace(see, window=windows[layer]))
-            return block.apply({"params": weights}, x, layer, here, taps, cache), None
+            x, taps, cache = block.apply({"params": weights}, self._divided(x), layer, here, taps, cache)
+            return (self._divided(x), taps, cache), None
 
         x = self._embed(tree, tokens, position_ids)
-        if n_run:
-            steps = (jnp.arange(n_run), blocks if n_run == cfg.n_layers else None)
-            (x, buffers, cache), _ = jax.lax.scan(run, (x, buffers, cache), steps)
+        if n_run == cfg.n_layers:
+            (x, buffers, cache), _ = jax.lax.scan(run, (x, buffers, cache), (jnp.arange(n_run), blocks))
+        elif n_run:
+            # a backward pass cuts the weights out of the stack again; saved, they would be a second copy of it
+            part = jax.checkpoint(run, policy=lambda primitive, *_, **__: primitive.name not in _CUTTING, prevent_cse=False)
+            (x, buffers, cache), _ = jax.lax.scan(part, (x, buffers, cache), (jnp.arange(n_run), None))
         taps = {name: {layer: buffers[name][i] for i, layer in enumerate(layers)} for name, layers in wanted.items()}
         scores = None
         if whole:
@@ -194,6 +201,12 @@ class Transformer(nn.Module):
         context = Context(Visibility(one, one), rotary, condition)
         init = lambda k: block.init(k, jnp.zeros((1, 1, cfg.d_model)), jnp.int32(0), context, {})["params"]  # noqa: E731
         return jax.vmap(init)(jax.random.split(key, cfg.n_layers))
+
+    def _divided(self, x: Array) -> Array:
+        """The batch over ``data``: left alone, the compiler may follow the weights' sharding instead and copy the batch."""
+        if self.mesh is None or "data" not in self.mesh.axis_names or x.shape[0] % self.mesh.shape["data"]:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec("data")))
 
     def _embed(self, tree: dict, tokens: Array, position_ids: Array) -> Array:
         x = tree["embed"].astype(self.dtype)[tokens]

@@ -105,6 +105,7 @@ def make_language_model_step(
     """The jitted step ``(state, tokens [B, T], keep [B, T]) -> (state, {"loss", "grad_norm"})``; the state is donated."""
     optimizer = make_optimizer(spec)
     passes = spec.batch_size // spec.micro_batch
+    trained = model.clone(trains=True)
 
     def step(state: LanguageModelState, tokens: Array, keep: Array) -> tuple[LanguageModelState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(spec.seed), state.step)
@@ -112,7 +113,7 @@ def make_language_model_step(
         parts = (jax.random.split(key, passes), split(tokens), split(keep))
 
         def accumulate(total: Any, part: tuple) -> tuple[Any, Array]:
-            loss, grads = jax.value_and_grad(lambda p: model_loss(model, p, *part))(state.params)
+            loss, grads = jax.value_and_grad(lambda p: model_loss(trained, p, *part))(state.params)
             return jax.tree.map(jnp.add, total, grads), loss
 
         grads, losses = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, state.params), parts)

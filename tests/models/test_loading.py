@@ -248,21 +248,27 @@ def test_identity_does_not_depend_on_the_dtype(tiny_model, tmp_path):
 def test_directly_to_a_mesh(run_with_devices, tiny_model, tmp_path):
     model, params = tiny_model("dream")
     save_model(tmp_path, model, params, dtype="float32")
-    tokens = np.arange(22).reshape(2, 11) + 4
+    tokens = np.arange(44).reshape(4, 11) + 4
     np.save(tmp_path / "logits.npy", model.apply(params, jnp.asarray(tokens)).logits)
-    # 97 is prime: the vocabulary cannot be split, so it is padded away here by a mesh of one along "model"
     run_with_devices(
         f"""
         import jax, numpy as np
-        from jax.sharding import Mesh, AxisType
+        from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
         from dlmscope_jax.models import load_model
-        mesh = Mesh(np.array(jax.devices()).reshape(4, 1), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-        model, params = load_model({str(tmp_path)!r}, mesh=mesh)
-        q = params["params"]["blocks"]["q"]
-        assert q.sharding.shard_shape(q.shape) == (3, 8, 32), q.sharding
-        tokens = np.arange(22).reshape(2, 11) + 4
-        ours = jax.jit(lambda p, t: model.apply(p, t).logits)(params, tokens)
-        np.testing.assert_allclose(ours, np.load({str(tmp_path / "logits.npy")!r}), atol=2e-5)
+        for shape in ((4, 1), (2, 2)):
+            mesh = Mesh(np.array(jax.devices()).reshape(shape), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+            model, params = load_model({str(tmp_path)!r}, mesh=mesh)
+            q = params["params"]["blocks"]["q"]
+            assert q.sharding.shard_shape(q.shape) == (3, 32 // shape[0], 32 // shape[1]), q.sharding
+            # 97 is prime: the vocabulary stays whole
+            assert params["params"]["embed"].sharding.shard_shape((97, 32)) == (97, 32 // shape[0])
+            tokens = np.arange(44).reshape(4, 11) + 4
+            tokens = jax.device_put(tokens, NamedSharding(mesh, PartitionSpec("data")))
+            out = jax.jit(lambda p, t: model.apply(p, t, collect=("resid_post@1", "mlp_act@0")))(params, tokens)
+            np.testing.assert_allclose(out.logits, np.load({str(tmp_path / "logits.npy")!r}), atol=2e-5)
+            # every device keeps its own sequences, all the way
+            for value in (out.logits, out.taps["resid_post"][1], out.taps["mlp_act"][0]):
+                assert value.sharding.shard_shape(value.shape)[0] == 4 // shape[0], value.sharding
         """,
         n_devices=4,
     )
@@ -272,7 +278,7 @@ def test_sharding_mistakes(tiny_model):
     from jax.sharding import AbstractMesh
 
     _, params = tiny_model("llama")
-    with pytest.raises(UserError, match="97 is not divisible"):
-        partition_specs(params["params"], AbstractMesh((1, 2), ("data", "model")))
+    with pytest.raises(UserError, match="16 is not divisible"):
+        partition_specs(params["params"], AbstractMesh((1, 3), ("data", "model")))
     with pytest.raises(UserError, match="no declared axes"):
         partition_specs({"stranger": np.zeros(3)}, AbstractMesh((1, 1), ("data", "model")))

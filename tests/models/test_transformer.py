@@ -1,12 +1,14 @@
 """Taps, edits and partial forwards: what is asked for, no more, and without new compilations."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dlmscope_jax.errors import UserError
-from dlmscope_jax.models import Edit, InDictionary, canonical_site, init_params, logit_lens, parse_site
+from dlmscope_jax.models import Edit, InDictionary, Transformer, canonical_site, init_params, logit_lens, parse_site
 
 
 @pytest.fixture
@@ -17,6 +19,41 @@ def model_and_params(family, tiny_model):
 def taps_of(model, params, tokens, site, **kwargs):
     name, layer = parse_site(site)
     return model.apply(params, tokens, logits=False, collect=(site,), **kwargs).taps[name][layer]
+
+
+def test_both_forms_of_the_linear_maps_have_the_same_gradients(model_and_params, tokens):
+    model, params = model_and_params
+    loss = lambda model: lambda p: jax.nn.logsumexp(model.apply(p, tokens).logits, axis=-1).mean()  # noqa: E731
+    plain, fast = jax.grad(loss(model))(params), jax.grad(loss(model.clone(trains=True)))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * max(1.0, float(jnp.abs(a).max()))), plain, fast)
+
+
+def test_forward_mode_is_the_transpose_of_reverse_mode(tiny_model, tokens):
+    model, params = tiny_model("dream")
+    out = lambda v: model.apply(params, tokens, edits=(Edit("add", "resid_post@0", v),)).logits[0, 3, :5]  # noqa: E731
+    start = jnp.zeros(32)
+    np.testing.assert_allclose(jax.jacfwd(out)(start), jax.jacrev(out)(start), atol=1e-5)
+
+
+def test_the_gradient_of_a_tap_does_not_keep_the_weights(tiny_model):
+    """A backward pass through a prefix of the layers cuts their weights out of the stack again."""
+    config = dataclasses.replace(tiny_model("llama")[0].config, n_layers=12, d_mlp=512)
+    model = Transformer(config)
+    params = init_params(model, jax.random.key(0))
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    edit = lambda v: (Edit("add", "resid_post@0", v),)  # noqa: E731
+    tap = lambda v, p: model.apply(p, tokens, logits=False, collect=("resid_post@10",), edits=edit(v)).taps["resid_post"][10].sum()  # noqa: E731
+    used = jax.jit(jax.grad(tap)).lower(jnp.zeros(32), params).compile().memory_analysis().temp_size_in_bytes
+    stack = sum(leaf.nbytes for leaf in jax.tree.leaves(params["params"]["blocks"]))
+    assert used < stack / 2, (used, stack)
+
+
+def test_an_edit_past_the_last_layer_is_named(tiny_model, tokens):
+    model, params = tiny_model("llama")
+    with pytest.raises(UserError, match="resid_post@3: this model has layers 0 to 2"):
+        model.apply(params, tokens, edits=(Edit("scale", "resid_post@3", 2.0),))
+    with pytest.raises(UserError, match="mlp_out@1 or mlp_raw@1"):
+        Edit("scale", "model.layers.1.mlp", 2.0)
 
 
 def test_positions_asked_for(model_and_params, tokens):
