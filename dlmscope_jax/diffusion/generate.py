@@ -18,7 +18,7 @@ from dlmscope_jax.models.edits import Edit
 from dlmscope_jax.models.sites import parse_site
 
 from .objectives import predicts_next
-from .readers import DualCache, Text, reader_of
+from .readers import Text, reader_of
 from .samplers import ParallelSampler, Sampler
 from .trace import Collect, Progress, Trace
 
@@ -124,7 +124,7 @@ def _loop(
     shapes = jax.eval_shape(lambda: work(progress, state, jnp.int32(0))[2])
     carry = (progress, collect.buffers(shapes, n_steps), jnp.int32(0), state)
     (progress, buffers, forwards, _), history = jax.lax.scan(one_step, carry, jnp.arange(n_steps, dtype=jnp.int32))
-    return progress.trace(history, buffers, forwards, approximate=isinstance(reader, DualCache))
+    return progress.trace(history, buffers, forwards, approximate=reader.approximate)
 
 
 def _check_sampler(model: Any, sampler: Sampler, key: Array | None) -> None:

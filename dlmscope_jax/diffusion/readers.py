@@ -7,7 +7,7 @@ shape: entries that a pass did not compute are those of the last pass that did, 
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -138,14 +138,14 @@ def edit_at(edit: Edit, columns: Int[Array, "B W"], text: Text) -> Edit:
     """An edit of the whole text as it applies to some of its columns: its mask and a value per token are cut.
 
     Raises:
-      UserError: for a pattern given per token, which cannot be cut.
+      UserError: for an array as value of ``attn_pattern``, which cannot be cut.
     """
     mask = None if edit.mask is None else _cut(edit.mask, columns, 0)
     value = edit.value
     if isinstance(value, jax.Array):
         if edit.site == "attn_pattern":
-            if value.ndim > 1:
-                raise UserError("edit of attn_pattern with a value per token: generate reads the whole text for that, with cache='none'")
+            if value.ndim:
+                raise UserError("edit of attn_pattern with an array as value: generate reads the whole text for that, with cache='none'")
         else:
             shape = site_shape(edit.site, text.model.config)  # of all heads side by side where the value is so wide
             value = _cut(value, columns, 1 if value.shape[-1:] == (math.prod(shape),) else len(shape))
@@ -166,8 +166,12 @@ def _cut(value: Array, columns: Array, trailing: int) -> Array:
 
 def cuts(edit: Edit) -> bool:
     """Whether an edit can be applied column by column, and does the same at every step: no schedule, no moving positions."""
-    fixed = edit.schedule is None and edit.positions in ("all", "prompt", "response", "mask")
-    return fixed and not (edit.site == "attn_pattern" and isinstance(edit.value, jax.Array) and edit.value.ndim > 1)
+    return edit.schedule is None and edit.positions in ("all", "prompt", "response", "mask") and _by_column(edit)
+
+
+def _by_column(edit: Edit) -> bool:
+    """Whether an edit does to a column what it does there when the whole text is read: a pattern's keys may not be written yet."""
+    return edit.site != "attn_pattern" or (edit.kind == "scale" and jnp.ndim(edit.value) == 0)
 
 
 def reader_of(text: Text, sampler: Sampler, edits: tuple[Edit, ...], columns: Int[Array, " W"], kept_steps: Bool[Array, " S"]) -> Any:
@@ -183,7 +187,8 @@ def reader_of(text: Text, sampler: Sampler, edits: tuple[Edit, ...], columns: In
     if isinstance(sampler, ParallelSampler) and sampler.cache == "dual":
         return DualCache(text, sampler.block_length)
     if isinstance(sampler, ParallelSampler) and sampler.cache == "blocks":
-        return BlockCache(text)
+        while_masked = lambda edit: edit.schedule is None and edit.positions == "masked" and _by_column(edit)  # noqa: E731
+        return BlockCache(text, approximate=not all(cuts(edit) or while_masked(edit) for edit in edits))
     if not sampler.needs_diffusion and hasattr(text.model, "init_cache") and all(cuts(edit) for edit in edits):
         return NextToken(text)
     reuses = sampler.reuses_logits and all(edit.schedule is None and edit.positions != "just_committed" for edit in edits)
@@ -205,6 +210,7 @@ class WholeText:
     sampler: Sampler
     columns: Int[Array, " W"]
     kept_steps: Bool[Array, " S"] | None
+    approximate: ClassVar[bool] = False
 
     def start(self) -> Any:
         if self.kept_steps is None:
@@ -257,6 +263,7 @@ class NextToken:
     """An autoregressive model with a cache: the prompt at step 0, then the token that was written last. Exact."""
 
     text: Text
+    approximate: ClassVar[bool] = False
 
     def start(self) -> Any:
         return self.text.model.init_cache(self.text.rows, self.text.total), self.text.empty_taps(self.text.total)
@@ -292,6 +299,7 @@ class DualCache:
 
     text: Text
     block_length: int
+    approximate: ClassVar[bool] = True
 
     def start(self) -> Any:
         return (
@@ -325,14 +333,16 @@ class DualCache:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockCache:
-    """Block-causal models: complete blocks are read once and kept; a pass reads the current block alone. Exact.
+    """Block-causal models: complete blocks are read once and kept; a pass reads the current block alone.
 
+    Exact, but for edits that would still change what is kept: ``approximate`` says whether there are any.
     The prompt is read at step 0. When a block is complete one more pass reads it as it then stands. In a shifted model
     those passes predict the first token of the next block, and it is committed before the rest of that block is read
     (Fast-dLLM v2). Blocks count from each row's first real token, and each row goes through them at its own pace.
     """
 
     text: Text
+    approximate: bool
 
     def start(self) -> Any:
         length = self.text.model.config.block_length

@@ -79,7 +79,9 @@ class Trace:
         guidance the conditional one); S and P + N are the chosen steps and positions where ``Collect`` names them.
       forwards: [] int32, the forward passes that ran, guidance's second ones among them.
       approximate: whether keys and values of an earlier text were used, so that activations and logits are not those
-        of a forward pass over ``history[s]`` (a dual cache).
+        of a forward pass over ``history[s]``: with a dual cache always; with a block cache when an edit has a schedule,
+        acts on ``"just_committed"`` or ``"masked_prev"``, or changes ``attn_pattern`` other than by a scalar factor, since
+        what is kept of a complete block is as it was edited when it was read last.
     """
 
     tokens: Int[Array, "B T"]

@@ -225,3 +225,46 @@ def test_mistakes_are_named():
     held = Edit("set", "attn_pattern@0", jnp.ones((1, 4, 12, 12)) / 12)
     with pytest.raises(UserError, match="attn_pattern"):
         generate(*causal, prompts(1, 4), ParallelSampler(8, 4, cache="dual"), edits=(held,))
+
+
+def test_a_block_cache_says_which_edits_make_it_approximate():
+    """Fixed edits and those of unknown tokens give what the whole text gives; what moves or is scheduled is flagged."""
+    model, params = network("block_causal", shift=True, block_length=4)
+    prompt, keep = prompts(3, 6), jnp.arange(6)[None] >= jnp.array([[0], [1], [4]])
+    direction = lambda seed: jax.random.normal(jax.random.key(seed), (16,))  # noqa: E731
+    run = lambda cache, *edits: generate(  # noqa: E731
+        model, params, prompt, ParallelSampler(8, 4, 0.5, steps=11, cache=cache), attention_mask=keep, edits=edits
+    )
+    exact = (
+        Edit("add", "resid_post@0", direction(1), strength=2.0, positions="masked"),
+        Edit("add", "resid_post@0", direction(2), positions="response"),
+        Edit("scale", "attn_pattern@1", 0.5),
+    )
+    plain, cached = run("none", *exact), run("blocks", *exact)
+    np.testing.assert_array_equal(cached.tokens, plain.tokens)
+    np.testing.assert_allclose(cached.confidence, plain.confidence, atol=2e-5)
+    assert (np.asarray(plain.tokens) != np.asarray(run("none").tokens)).any() and not cached.approximate
+    for moving in (
+        {"schedule": np.linspace(0, 3, 11)},
+        {"positions": "just_committed"},
+        {"positions": "masked_prev"},
+        {"positions": "masked", "schedule": np.ones(11)},
+    ):
+        edit = Edit("add", "resid_post@0", direction(1), **moving)
+        assert _shape_of_run(model, params, prompt, edit).approximate, moving
+    assert _shape_of_run(model, params, prompt, Edit("add", "attn_pattern@0", 0.1)).approximate
+
+
+def _shape_of_run(model, params, prompt, *edits):
+    """The trace's shapes and what it says of itself; nothing is compiled."""
+    return jax.eval_shape(lambda: generate(model, params, prompt, ParallelSampler(8, 4, steps=11, cache="blocks"), edits=edits))
+
+
+def test_edits_of_patterns_under_a_cache():
+    """Keys that are not written yet count in a pattern: only a factor is the same with and without them."""
+    assert readers.cuts(Edit("scale", "attn_pattern@0", 0.5))
+    for kind, value in (("add", 0.1), ("set", 0.1), ("scale", jnp.full(7, 0.5)), ("set", jnp.ones((7, 7)) / 7)):
+        assert not readers.cuts(Edit(kind, "attn_pattern@0", value)), (kind, value)
+    block, weights = network("block_causal", shift=False, block_length=4)
+    with pytest.raises(UserError, match="attn_pattern with an array"):
+        generate(block, weights, prompts(1, 4), ParallelSampler(3, 4, cache="blocks"), edits=(Edit("set", "attn_pattern@0", jnp.ones(7) / 7),))

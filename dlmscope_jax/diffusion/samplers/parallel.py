@@ -31,12 +31,15 @@ class ParallelSampler(Sampler):
       steps: forward passes at most, None for enough: every step commits a token, but for one a block with ``cache="blocks"``.
         Where the model predicts the mask, or the prompt holds masks, what is unknown at the end stays masked.
       cache: ``"none"``: the whole text is read at every step. ``"dual"``, approximate, for bidirectional models: keys and
-        values of all other tokens are those of the block's first step. ``"blocks"``, exact, for block-causal models.
+        values of all other tokens are those of the block's first step. ``"blocks"``, for block-causal models: exact with
+        edits that stay the same (no schedule; on ``"all"``, ``"prompt"``, ``"response"``, ``"masked"`` or an array of
+        positions), approximate with others, which ``Trace.approximate`` tells. Array values of ``attn_pattern`` need ``"none"``.
 
-    Each row goes through its blocks at its own pace, so that a batch gives what its rows give alone. Masks inside the
-    prompt are filled as they are in ``LLaDASampler``: they compete with the block's and do not hold it back. ``confidence``
-    is the noise-free probability of the chosen token (Fast-dLLM's Dream version takes it after temperature and filters;
-    at temperature 0 there is no difference). The key of a step draws the Gumbels.
+    Each row goes through its blocks at its own pace, so that at temperature 0 a batch gives what its rows give alone (what
+    a key draws depends on the batch). Masks inside the prompt are filled as they are in ``LLaDASampler``: they compete with
+    the block's and do not hold it back. ``confidence`` is the noise-free probability of the chosen token (Fast-dLLM's Dream
+    version takes it after temperature and filters; at temperature 0 there is no difference). The key of a step draws the
+    Gumbels.
 
     Raises:
       UserError: when a value is out of range.
