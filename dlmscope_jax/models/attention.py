@@ -34,6 +34,9 @@ def attention_pattern(
       scale: multiplies the scores.
       softcap: c of ``c tanh(score / c)``, None for none.
       precision: of the product.
+
+    In bfloat16 the pattern is rounded after it is normalised, the weights of ``attend`` before: logits of a pass that makes
+    the pattern differ from those of one that does not by as much as either differs from float32.
     """
     scores = _scores(q, k, see, scale, softcap, precision)
     return jax.nn.softmax(scores, axis=-1).astype(q.dtype).reshape(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
