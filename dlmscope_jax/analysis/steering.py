@@ -113,7 +113,7 @@ def steered_generation(
     Args:
       model, params: the language model.
       prompt: one row of prompt ids.
-      sampler: ``LLaDASampler``, ``DreamSampler`` or ``ARSampler``.
+      sampler: any sampler of ``generate`` whose steps are those of passes over the text (not ``cache="dual"``).
       edit: as ``steer`` makes it.
       dictionary: ``(spec, params, meta)``, in which the latent's activation is followed.
       latent: the latent that is followed.
@@ -122,12 +122,15 @@ def steered_generation(
 
     Returns:
       A dict for ``json``. ``plain`` and ``steered`` each hold ``history`` [S+1][L] (entry s is what step s read, entry S the
-      result), ``commit_step`` [L] (-1 prompt, S never), ``confidence`` [L] at commit and ``activation`` [S][L] (the latent as
-      each step found it, before that step's own edit). ``relative_size`` [S] is the median ``||dh|| / ||h||`` over
-      the positions that the edit changed, ``dose`` its sum over steps. ``pieces`` maps ids to text.
+      result), ``commit_step`` [L] (-1 prompt, S never, or after the row's end), ``confidence`` [L] at commit and
+      ``activation`` [R][L] (the latent as each step found it, before that step's own edit; 0 where an autoregressive model
+      has no token yet). R <= S is the number of steps that this side ran until it was done; from entry R on its history
+      is the result. ``relative_size`` [R of the steered side] is the median ``||dh|| / ||h||`` over the positions that the
+      edit changed, ``dose`` its sum over steps. ``pieces`` maps ids to text.
 
     Raises:
-      UserError: when the prompt is not one row; what the sampler and the model raise.
+      UserError: when the prompt is not one row, or the sampler's passes are approximate, so that the activations are
+        not those of the text that a step read; what the sampler and the model raise.
     """
     if prompt.ndim != 2 or prompt.shape[0] != 1:
         raise UserError(f"steered_generation: the prompt has shape {tuple(prompt.shape)}; give one row, [1, P]")
@@ -137,16 +140,21 @@ def steered_generation(
     out: dict[str, Any] = {}
     for name, edits in (("plain", ()), ("steered", (edit,))):
         trace = generate(model, params, prompt, sampler, key=key, edits=edits)
-        history, commit = jnp.asarray(trace.history)[:, 0], jnp.asarray(trace.commit_step)[0]
+        if trace.approximate:
+            who = type(sampler).__name__
+            raise UserError(f"steered_generation: {who} reads other activations than the text's with this cache: use cache='none'")
+        history, commit, ran = jnp.asarray(trace.history)[:, 0], jnp.asarray(trace.commit_step)[0], _steps_run(trace, sampler)
         taps = _replay(model, params, history[:-1], tuple({read, written}))
+        there = jnp.ones(history[:-1].shape, bool) if sampler.needs_diffusion else commit < jnp.arange(sampler.n_steps)[:, None]
+        activation = jnp.where(there, _follow(spec, weights, taps[read], jnp.int32(latent)), 0.0)
         out[name] = {
             "history": history.tolist(),
             "commit_step": commit.tolist(),
             "confidence": [float(c) if np.isfinite(c) else None for c in np.asarray(trace.confidence, np.float32)[0]],
-            "activation": np.asarray(_follow(spec, weights, taps[read], jnp.int32(latent)), np.float64).round(5).tolist(),
+            "activation": np.asarray(activation[:ran], np.float64).round(5).tolist(),
         }
         if edits:
-            sizes = _relative_sizes(edit, taps[written], commit)
+            sizes = _relative_sizes(edit, taps[written], commit, there)[:ran]
             out["relative_size"], out["dose"] = sizes, float(np.sum(sizes))
         seen |= set(np.asarray(history).reshape(-1).tolist())
     ids = sorted(seen)
@@ -162,6 +170,14 @@ def steered_generation(
         "pieces": {} if tokenizer is None else dict(zip(map(str, ids), tokenizer.pieces(ids), strict=True)),
         **out,
     }
+
+
+def _steps_run(trace: Any, sampler: Any) -> int:
+    """Steps until the row was done. One that used the last logits again counts: the pass it left out gives the same."""
+    if not sampler.reuses_logits:
+        return int(trace.forwards) // (1 + (sampler.cfg_scale > 0))
+    last = int(np.asarray(trace.commit_step).max())  # such samplers go on until nothing is unknown, S where something stays so
+    return min(last + 1, sampler.n_steps)
 
 
 def _row_sparse(codes: Any) -> bool:
@@ -196,6 +212,6 @@ def _changes(edit: Edit, x: Float[Array, "S L D"], commit: Int[Array, " L"]) -> 
     return jax.vmap(one)(jnp.arange(n_steps), x)
 
 
-def _relative_sizes(edit: Edit, x: Array, commit: Array) -> list[float]:
-    changes = np.asarray(_changes(edit, x, commit))
+def _relative_sizes(edit: Edit, x: Array, commit: Array, there: Array) -> list[float]:
+    changes = np.where(there, _changes(edit, x, commit), 0.0)
     return [float(np.median(row[row > 0])) if (row > 0).any() else 0.0 for row in changes]

@@ -9,7 +9,7 @@ import pytest
 
 from dlmscope_jax.analysis import steer, steered_generation
 from dlmscope_jax.dictionaries import Dense
-from dlmscope_jax.diffusion import ARSampler, LLaDASampler, generate
+from dlmscope_jax.diffusion import ARSampler, DreamSampler, LLaDASampler, MDLMSampler, ParallelSampler, generate
 from dlmscope_jax.errors import UserError
 
 SITE = "resid_post@1"
@@ -126,3 +126,66 @@ def test_an_autoregressive_model_too(tiny):
     got = steered_generation(model, params, jnp.asarray([[0, 5, 6]]), ARSampler(max_new_tokens=3), edit, dictionary, 5)
     assert got["steps"] == 3 and got["mask_id"] is None and len(got["relative_size"]) == 3
     assert got["plain"]["commit_step"] == [-1, -1, -1, 0, 1, 2]
+
+
+def test_only_steps_that_ran_are_counted(tiny):
+    """A row that stops after 3 of 8 steps has 3 steps of activations and sizes, and their dose."""
+    model, params = tiny.model("ar")
+    dictionary, prompt = tiny.topk(SITE), jnp.asarray([[0, 5, 6]])
+    tokens = generate(model, params, prompt, ARSampler(max_new_tokens=8, stop_ids=())).tokens[0, 3:].tolist()
+    assert tokens[2] not in tokens[:2]
+    edit = steer(*dictionary[:2], 5, SITE, 0.05, "resid_norm")
+    sampler = ARSampler(max_new_tokens=8, stop_ids=(tokens[2],))
+    got = steered_generation(model, params, prompt, sampler, edit, dictionary, 5)
+    for name in ("plain", "steered"):
+        assert got[name]["commit_step"] == [-1, -1, -1, 0, 1, 2, 8, 8, 8, 8, 8] and len(got[name]["history"]) == 9
+        assert len(got[name]["activation"]) == 3
+    assert got["steps"] == 8
+    assert got["relative_size"] == pytest.approx([0.05] * 3, rel=1e-2) and got["dose"] == pytest.approx(0.15, rel=1e-2)
+
+
+def test_an_autoregressive_step_has_nothing_where_no_token_is_yet(tiny):
+    model, params = tiny.model("ar")
+    dictionary, prompt, sampler = tiny.topk(SITE), jnp.asarray([[0, 5, 6]]), ARSampler(max_new_tokens=4, stop_ids=())
+    got = steered_generation(model, params, prompt, sampler, steer(*dictionary[:2], 5, SITE, 0.5, "unit"), dictionary, 5)
+    for step, (state, line) in enumerate(zip(got["plain"]["history"], got["plain"]["activation"], strict=False)):
+        h = tap(model, params, jnp.asarray([state]))[0]
+        codes = dictionary[0].dense(dictionary[0].encode(dictionary[1], jnp.asarray(h, jnp.float32)))[:, 5]
+        np.testing.assert_allclose(line[: 3 + step], codes[: 3 + step], atol=1e-3)
+        assert not any(line[3 + step :])
+    unread = steer(*dictionary[:2], 5, SITE, 0.5, "unit", positions="masked")  # places that no step reads
+    assert steered_generation(model, params, prompt, sampler, unread, dictionary, 5)["relative_size"] == [0.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("sampler", "ran"),
+    [
+        (DreamSampler(steps=12, max_new_tokens=4, algorithm="origin"), 9),  # more steps than tokens: it is through before the last
+        (LLaDASampler(steps=8, gen_length=4, block_length=4), 4),
+        (LLaDASampler(steps=4, gen_length=4, block_length=4, cfg_scale=1.0), 4),  # two passes a step
+        (ParallelSampler(gen_length=4, block_length=4, threshold=1e-6), 1),
+        (MDLMSampler(steps=6, gen_length=4, eps=0.4, noise_removal=False), 5),  # two of its steps use the last logits again
+        (MDLMSampler(steps=2, gen_length=4, eps=0.9, noise_removal=False), 2),  # masks are left: it would have gone on
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, int) else None,
+)
+def test_a_diffusion_run_that_is_done_early(tiny, sampler, ran):
+    model, params = tiny.model("dlm")
+    dictionary, prompt, key = tiny.topk(SITE), jnp.asarray([[0, 5, 6]]), jax.random.key(1)
+    edit = steer(*dictionary[:2], 5, SITE, 0.05, "resid_norm")
+    got = steered_generation(model, params, prompt, sampler, edit, dictionary, 5, key=key)
+    assert (tiny.mask in got["plain"]["history"][-1]) == (sampler.n_steps == ran == 2)
+    assert [tiny.mask in state for state in got["plain"]["history"][:-1]] == [step < ran for step in range(sampler.n_steps)]
+    assert len(got["plain"]["activation"]) == ran
+    moved = sum(tiny.mask in state for state in got["steered"]["history"][:-1])
+    assert len(got["steered"]["activation"]) == moved
+    assert got["relative_size"] == pytest.approx([0.05] * moved, rel=1e-2) and got["dose"] == pytest.approx(0.05 * moved, rel=1e-2)
+
+
+def test_activations_that_no_pass_over_the_text_gives_are_refused(tiny):
+    model, params = tiny.model("dlm")
+    dictionary = tiny.topk(SITE)
+    sampler = ParallelSampler(gen_length=4, block_length=4, cache="dual")
+    edit = steer(*dictionary[:2], 5, SITE, 1.0)
+    with pytest.raises(UserError, match="^steered_generation: .*ParallelSampler.*cache='none'$"):
+        steered_generation(model, params, jnp.asarray([[0, 5, 6]]), sampler, edit, dictionary, 5)
