@@ -44,6 +44,11 @@ def test_another_diffugpt_must_say_its_mask_token(tmp_path):
         read(tmp_path, SMALL | {"n_embd": 1280, "n_head": 20})
 
 
+def test_the_mask_of_a_diffugpt_is_a_token(tmp_path):
+    with pytest.raises(UserError, match="mask_token_id -1 is not one of the tokens 0 to 50256$"):
+        read(tmp_path, SMALL | {"mask_token_id": -1})
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "words"),
     [

@@ -12,7 +12,7 @@ from typing import Any
 from ..config import DiffusionSpec, ModelConfig
 from . import qwen2, qwen3
 from .llama import read_llama_like
-from .reading import Keys, Tensor
+from .reading import Keys, Tensor, checked
 
 MASK_ID = {"a2d-qwen3": 151669, "a2d-qwen2": 151665}
 
@@ -23,9 +23,8 @@ def read(keys: Keys) -> tuple[ModelConfig, DiffusionSpec]:
     if family == "a2d-qwen3":
         config = qwen3.read_qwen3_like(keys, family, attention="bidirectional")
     else:
-        qwen3.expect_no_window(keys)
         config = read_llama_like(keys, family, qkv_bias=True, default_theta=10000.0, attention="bidirectional")
-    return config, DiffusionSpec(mask_id=keys.take("mask_token_id", default=MASK_ID[family], kind=int), shift=False)
+    return checked(keys, config, DiffusionSpec(mask_id=keys.take("mask_token_id", default=MASK_ID[family], kind=int), shift=False))
 
 
 def tensors(config: ModelConfig, names: Collection[str] = frozenset()) -> dict[tuple[str, ...], Tensor]:

@@ -15,7 +15,7 @@ from ..config import DiffusionSpec, ModelConfig
 from .gpt2 import IGNORED as IGNORED
 from .gpt2 import gpt2_tensors, read_gpt2_like
 from .gpt2 import write as write_gpt2
-from .reading import Keys, Tensor
+from .reading import Keys, Tensor, checked
 
 ARCHITECTURE = "DiscreteDiffusionModel"
 MASK_ID = {768: 10541, 1024: 50257}  # of the released models, by their width
@@ -32,7 +32,7 @@ def read(keys: Keys) -> tuple[ModelConfig, DiffusionSpec]:
     if mask_id is None:
         raise UserError(f"{keys.where}: key 'mask_token_id' is missing: n_embd {config.d_model} is not that of a released DiffuGPT")
     config = dataclasses.replace(config, vocab_size=max(config.vocab_size, mask_id + 1))
-    return config, DiffusionSpec(mask_id=mask_id, shift=True)
+    return checked(keys, config, DiffusionSpec(mask_id=mask_id, shift=True))
 
 
 def tensors(config: ModelConfig, names: Collection[str] = frozenset()) -> dict[tuple[str, ...], Tensor]:

@@ -5,17 +5,15 @@ from typing import Any
 
 from ..config import DiffusionSpec, ModelConfig
 from .llama import read_llama_like, write_llama_like
-from .qwen3 import expect_no_window
-from .reading import Keys, Tensor, llama_tensors
+from .reading import Keys, Tensor, checked, llama_tensors
 
 
 def read(keys: Keys) -> tuple[ModelConfig, DiffusionSpec]:
     """Reads a ``config.json`` of model type ``Dream``; the mask token stands there, not in ``generation_config.json``."""
-    expect_no_window(keys)
     keys.expect("use_mrope", False)
     mask_id = keys.take("mask_token_id", kind=int)
     config = read_llama_like(keys, "dream", qkv_bias=True, default_theta=10000.0, attention="bidirectional")
-    return config, DiffusionSpec(mask_id=mask_id, shift=True)
+    return checked(keys, config, DiffusionSpec(mask_id=mask_id, shift=True))
 
 
 def tensors(config: ModelConfig, names: Collection[str] = frozenset()) -> dict[tuple[str, ...], Tensor]:

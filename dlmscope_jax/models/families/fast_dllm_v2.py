@@ -10,18 +10,16 @@ from typing import Any
 from ..config import DiffusionSpec, ModelConfig
 from . import qwen2
 from .llama import read_llama_like
-from .qwen3 import expect_no_window
-from .reading import Keys, Tensor
+from .reading import Keys, Tensor, checked
 
 MASK_ID, BLOCK_LENGTH = 151665, 32  # of the released models, for files that do not say them
 
 
 def read(keys: Keys) -> tuple[ModelConfig, DiffusionSpec]:
     """Reads a ``config.json`` of model type ``Fast_dLLM_Qwen``."""
-    expect_no_window(keys)
     config = read_llama_like(keys, "fast_dllm_qwen", qkv_bias=True, default_theta=10000.0, attention="block_causal")
     config = dataclasses.replace(config, block_length=keys.size("bd_size", default=BLOCK_LENGTH))
-    return config, DiffusionSpec(mask_id=keys.take("mask_token_id", default=MASK_ID, kind=int), shift=True)
+    return checked(keys, config, DiffusionSpec(mask_id=keys.take("mask_token_id", default=MASK_ID, kind=int), shift=True))
 
 
 def tensors(config: ModelConfig, names: Collection[str] = frozenset()) -> dict[tuple[str, ...], Tensor]:

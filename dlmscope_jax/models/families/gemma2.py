@@ -11,7 +11,8 @@ from typing import Any
 from dlmscope_jax.errors import UserError
 
 from ..config import DiffusionSpec, ModelConfig
-from .reading import Keys, Tensor, block_tensors
+from .llama import write_llama_like
+from .reading import Keys, Tensor, block_tensors, checked
 
 _LAYERS = {"sliding_attention": True, "full_attention": False}
 
@@ -45,25 +46,23 @@ def read(keys: Keys) -> tuple[ModelConfig, None]:
         max_positions=keys.size("max_position_embeddings", default=8192),
         attention="causal",
         tied_head=keys.take("tie_word_embeddings", default=True, kind=bool),
-        bos_id=keys.token("bos_token_id"),
-        eos_id=keys.token("eos_token_id"),
-        pad_id=keys.token("pad_token_id"),
+        **keys.ids(),
         norm_offset=True,
         post_norms=True,
         activation="gelu_tanh",
         scaled_embedding=True,
-        attention_scale=keys.take("query_pre_attn_scalar", default=256, kind=float) ** -0.5,
+        attention_scale=keys.size("query_pre_attn_scalar", default=256, kind=float) ** -0.5,
         attention_softcap=_or_none(keys, "attn_logit_softcapping", 50.0, float),
         logit_softcap=_or_none(keys, "final_logit_softcapping", 30.0, float),
         window=window,
         windowed=windowed,
     )
-    return config, None
+    return checked(keys, config, None)
 
 
 def _or_none(keys: Keys, name: str, default: Any, kind: type) -> Any:
     """A key that ``null`` switches off, and that has a default where it is missing."""
-    return keys.take(name, default=None if name in keys.mapping else default, kind=kind)
+    return keys.size(name, default=None if name in keys.mapping else default, kind=kind)
 
 
 def _windows(keys: Keys, n_layers: int) -> tuple[int | None, tuple[bool, ...]]:
@@ -104,29 +103,15 @@ def write(config: ModelConfig, diffusion: DiffusionSpec | None) -> dict[str, Any
     names = {windowed: name for name, windowed in _LAYERS.items()}
     windowed = config.windowed or (False,) * config.n_layers
     scalar = round((config.attention_scale or config.head_dim**-0.5) ** -2, 6)
-    return {
+    return write_llama_like(config) | {
         "architectures": ["Gemma2ForCausalLM"],
         "model_type": "gemma2",
         "attention_bias": False,
         "hidden_act": "gelu_pytorch_tanh",
         "hidden_activation": "gelu_pytorch_tanh",
-        "hidden_size": config.d_model,
-        "intermediate_size": config.d_mlp,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
         "query_pre_attn_scalar": int(scalar) if scalar.is_integer() else scalar,
         "attn_logit_softcapping": config.attention_softcap,
         "final_logit_softcapping": config.logit_softcap,
         "sliding_window": config.window,
         "layer_types": [names[w] for w in windowed],
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "max_position_embeddings": config.max_positions,
-        "vocab_size": config.vocab_size,
-        "tie_word_embeddings": config.tied_head,
-        "bos_token_id": config.bos_id,
-        "eos_token_id": config.eos_id,
-        "pad_token_id": config.pad_id,
     }

@@ -7,10 +7,8 @@ The file's matrices are ``[in, out]`` as ours are, so none is transposed. The pu
 from collections.abc import Collection
 from typing import Any
 
-from dlmscope_jax.errors import UserError
-
 from ..config import DiffusionSpec, ModelConfig
-from .reading import Fused, Keys, Tensor
+from .reading import Fused, Keys, Tensor, checked, id_keys
 
 IGNORED = ("attn.bias", "attn.masked_bias")
 
@@ -25,7 +23,7 @@ def read(keys: Keys) -> tuple[ModelConfig, None]:
 
     ``reorder_and_upcast_attn`` asks for attention scores in float32, which they are here in any case.
     """
-    return read_gpt2_like(keys, "gpt2", "causal"), None
+    return checked(keys, read_gpt2_like(keys, "gpt2", "causal"), None)
 
 
 def read_gpt2_like(keys: Keys, family: str, attention: str) -> ModelConfig:
@@ -39,9 +37,8 @@ def read_gpt2_like(keys: Keys, family: str, attention: str) -> ModelConfig:
     keys.expect("activation_function", *_ACTIVATIONS)
     for name in _INERT:
         keys.take(name, default=None)
-    d_model, n_heads = keys.size("n_embd", "hidden_size"), keys.size("n_head", "num_attention_heads")
-    if d_model % n_heads:
-        raise UserError(f"{keys.where}: n_embd {d_model} is not divisible by n_head {n_heads}")
+    widths, counts = ("n_embd", "hidden_size"), ("n_head", "num_attention_heads")
+    d_model, n_heads = keys.size(*widths), keys.size(*counts)
     return ModelConfig(
         family=family,
         vocab_size=keys.size("vocab_size"),
@@ -49,7 +46,7 @@ def read_gpt2_like(keys: Keys, family: str, attention: str) -> ModelConfig:
         n_layers=keys.size("n_layer", "num_hidden_layers"),
         n_heads=n_heads,
         n_kv_heads=n_heads,
-        head_dim=d_model // n_heads,
+        head_dim=keys.head_dim(widths, counts),
         d_mlp=keys.size("n_inner", default=4 * d_model),
         norm_eps=keys.take("layer_norm_epsilon", default=1e-5, kind=float),
         rope_theta=10000.0,
@@ -57,9 +54,7 @@ def read_gpt2_like(keys: Keys, family: str, attention: str) -> ModelConfig:
         attention=attention,
         qkv_bias=True,
         tied_head=keys.take("tie_word_embeddings", default=True, kind=bool),
-        bos_id=keys.token("bos_token_id"),
-        eos_id=keys.token("eos_token_id"),
-        pad_id=keys.token("pad_token_id"),
+        **keys.ids(),
         norm="layer",
         norm_bias=True,
         positions="learned",
@@ -113,7 +108,5 @@ def write(config: ModelConfig, diffusion: DiffusionSpec | None) -> dict[str, Any
         "scale_attn_weights": config.attention_scale is None,
         "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tied_head,
-        "bos_token_id": config.bos_id,
-        "eos_token_id": config.eos_id,
-        "pad_token_id": config.pad_id,
+        **id_keys(config),
     }

@@ -10,7 +10,7 @@ from typing import Any
 from dlmscope_jax.errors import UserError
 
 from ..config import DiffusionSpec, ModelConfig
-from .reading import Fused, Keys, Tensor
+from .reading import Fused, Keys, Tensor, checked, shape_keys
 
 IGNORED = ("attention.bias", "attention.masked_bias", "rotary_emb.inv_freq")
 
@@ -26,19 +26,16 @@ def read(keys: Keys) -> tuple[ModelConfig, None]:
     keys.expect("hidden_act", *_ACTIVATIONS)
     for inert in ("classifier_dropout", "hidden_dropout"):
         keys.take(inert, default=None)
-    d_model, n_heads = keys.size("hidden_size"), keys.size("num_attention_heads")
-    if d_model % n_heads:
-        raise UserError(f"{keys.where}: hidden_size {d_model} is not divisible by num_attention_heads {n_heads}")
-    theta, scaling = keys.rope(float(keys.take("rotary_emb_base", default=10000.0, kind=float)))
+    n_heads, head_dim = keys.size("num_attention_heads"), keys.head_dim(["hidden_size"], ["num_attention_heads"])
+    theta, scaling = keys.rope(keys.size("rotary_emb_base", default=10000.0, kind=float), partial=True)
     if scaling is not None:
         raise UserError(f"{keys.where}: rotary scaling is not supported in a gpt_neox model")
-    nested = keys.take("rope_parameters", default={}, kind=dict)
-    share = keys.take("rotary_pct", default=nested.get("partial_rotary_factor", 0.25), kind=float)
-    head_dim, bias = d_model // n_heads, keys.take("attention_bias", default=True, kind=bool)
+    share = keys.agreed(["rotary_pct", "partial_rotary_factor"], keys.nested_rope(), "partial_rotary_factor", 0.25)
+    bias = keys.take("attention_bias", default=True, kind=bool)
     config = ModelConfig(
         family="gpt_neox",
         vocab_size=keys.size("vocab_size"),
-        d_model=d_model,
+        d_model=keys.size("hidden_size"),
         n_layers=keys.size("num_hidden_layers"),
         n_heads=n_heads,
         n_kv_heads=n_heads,
@@ -50,9 +47,7 @@ def read(keys: Keys) -> tuple[ModelConfig, None]:
         attention="causal",
         qkv_bias=bias,
         tied_head=keys.take("tie_word_embeddings", default=False, kind=bool),
-        bos_id=keys.token("bos_token_id"),
-        eos_id=keys.token("eos_token_id"),
-        pad_id=keys.token("pad_token_id"),
+        **keys.ids(),
         norm="layer",
         norm_bias=True,
         rotary_dim=int(head_dim * share),
@@ -62,7 +57,7 @@ def read(keys: Keys) -> tuple[ModelConfig, None]:
         out_bias=bias,
         mlp_bias=True,
     )
-    return config, None
+    return checked(keys, config, None)
 
 
 def tensors(config: ModelConfig, names: Collection[str] = frozenset()) -> dict[tuple[str, ...], Tensor]:
@@ -92,23 +87,13 @@ def tensors(config: ModelConfig, names: Collection[str] = frozenset()) -> dict[t
 def write(config: ModelConfig, diffusion: DiffusionSpec | None) -> dict[str, Any]:
     """The ``config.json`` of such a model, in the hub's flat spelling."""
     names = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
-    return {
+    return shape_keys(config) | {
         "architectures": ["GPTNeoXForCausalLM"],
         "model_type": "gpt_neox",
         "attention_bias": config.qkv_bias,
         "hidden_act": names[config.activation],
-        "hidden_size": config.d_model,
-        "intermediate_size": config.d_mlp,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
         "layer_norm_eps": config.norm_eps,
         "rotary_emb_base": config.rope_theta,
         "rotary_pct": config.rotary_dim / config.head_dim,
         "use_parallel_residual": config.parallel,
-        "max_position_embeddings": config.max_positions,
-        "vocab_size": config.vocab_size,
-        "tie_word_embeddings": config.tied_head,
-        "bos_token_id": config.bos_id,
-        "eos_token_id": config.eos_id,
-        "pad_token_id": config.pad_id,
     }

@@ -3,28 +3,31 @@
 The mask token stands neither in the config nor in the tokenizer's settings; it is token 5.
 """
 
-import dataclasses
 from collections.abc import Collection
 from typing import Any
 
 from ..config import DiffusionSpec, ModelConfig
 from . import llama
-from .reading import Keys, Tensor
+from .reading import Keys, Tensor, checked
 
 MASK_ID = 5
 
 
 def read(keys: Keys) -> tuple[ModelConfig, DiffusionSpec]:
-    """Reads a ``config.json`` of model type ``illada``."""
+    """Reads a ``config.json`` of model type ``illada``; its heads share the network's width.
+
+    Raises:
+      UserError: for biases, layer norms, or heads of another width.
+    """
     keys.expect("attention_bias", False)
     keys.expect("mlp_bias", False)
     keys.expect("layer_norm_eps", None)  # set, it would switch to layer norms
     for dropout in ("resid_pdrop", "embd_pdrop"):
         keys.take(dropout, default=None)
     keys.take("rope_theta", "rope_parameters")  # no default is known
+    keys.expect("head_dim", keys.head_dim(["hidden_size"], ["num_attention_heads"]))
     config = llama.read_llama_like(keys, "illada", qkv_bias=False, default_theta=10000.0, attention="bidirectional")
-    config = dataclasses.replace(config, head_dim=config.d_model // config.n_heads)
-    return config, DiffusionSpec(mask_id=keys.take("mask_token_id", default=MASK_ID, kind=int), shift=False)
+    return checked(keys, config, DiffusionSpec(mask_id=keys.take("mask_token_id", default=MASK_ID, kind=int), shift=False))
 
 
 def tensors(config: ModelConfig, names: Collection[str] = frozenset()) -> dict[tuple[str, ...], Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 from dlmscope_jax.errors import UserError
 
 from ..config import DiffusionSpec, ModelConfig
-from .reading import Keys, Tensor, block_tensors
+from .reading import Keys, Tensor, block_tensors, checked, id_keys
 
 MASK_ID = 126336  # of the released models, for files that do not say it
 
@@ -20,16 +20,24 @@ _FIXED = {
     "bias_for_layer_norm": False, "rope": True, "alibi": False, "input_emb_norm": False, "scale_logits": False,
     "multi_query_attention": None, "alibi_bias_max": 8.0,
 }  # fmt: skip
+# those of them for which the original class takes something else where a file leaves them out
+_MUST_BE_SAID = ("activation_type", "block_type", "layer_norm_type", "rope")
 
 
 def read(keys: Keys) -> tuple[ModelConfig, DiffusionSpec]:
-    """Reads a ``config.json`` of model type ``llada``."""
+    """Reads a ``config.json`` of model type ``llada``; a missing key means what the original class takes for it.
+
+    Raises:
+      UserError: for a switch of that class that the released models do not use, set or left to its default.
+    """
+    for name in _MUST_BE_SAID:
+        keys.take(name)
     for name, value in _FIXED.items():
         if name not in ("attention_layer_norm_with_affine", "alibi_bias_max"):
             keys.expect(name, value)
         else:
             keys.take(name, default=None)  # belongs to a switch that is off
-    d_model, n_heads = keys.size("d_model"), keys.size("n_heads")
+    d_model, n_heads, head_dim = keys.size("d_model"), keys.size("n_heads"), keys.head_dim(["d_model"], ["n_heads"])
     vocab, embedding = keys.size("vocab_size"), keys.take("embedding_size", default=None)
     if embedding not in (None, vocab):
         raise UserError(f"{keys.where}: embedding_size {embedding} differs from vocab_size {vocab}")
@@ -40,19 +48,17 @@ def read(keys: Keys) -> tuple[ModelConfig, DiffusionSpec]:
         n_layers=keys.size("n_layers", "num_hidden_layers"),
         n_heads=n_heads,
         n_kv_heads=keys.size("n_kv_heads", default=n_heads),
-        head_dim=d_model // n_heads,
+        head_dim=head_dim,
         d_mlp=keys.size("mlp_hidden_size", default=keys.size("mlp_ratio", default=4) * d_model),
         norm_eps=keys.take("rms_norm_eps", default=1e-5, kind=float),
-        rope_theta=float(keys.take("rope_theta", default=10000.0, kind=float)),
-        max_positions=keys.size("max_sequence_length", default=4096),
+        rope_theta=float(keys.size("rope_theta", default=10000.0, kind=float)),
+        max_positions=keys.size("max_sequence_length", default=1024),
         attention="bidirectional",
         rope_float32=keys.take("rope_full_precision", default=True, kind=bool),
-        tied_head=keys.take("weight_tying", default=False, kind=bool),
-        bos_id=keys.token("bos_token_id"),
-        eos_id=keys.token("eos_token_id"),
-        pad_id=keys.token("pad_token_id"),
+        tied_head=keys.take("weight_tying", kind=bool),
+        **keys.ids(),
     )
-    return config, DiffusionSpec(mask_id=keys.take("mask_token_id", default=MASK_ID, kind=int), shift=False)
+    return checked(keys, config, DiffusionSpec(mask_id=keys.take("mask_token_id", default=MASK_ID, kind=int), shift=False))
 
 
 def tensors(config: ModelConfig, names: Collection[str] = frozenset()) -> dict[tuple[str, ...], Tensor]:
@@ -84,8 +90,6 @@ def write(config: ModelConfig, diffusion: DiffusionSpec | None) -> dict[str, Any
         "embedding_size": config.vocab_size,
         "weight_tying": config.tied_head,
         "mask_token_id": diffusion.mask_id,
-        "bos_token_id": config.bos_id,
-        "eos_token_id": config.eos_id,
-        "pad_token_id": config.pad_id,
+        **id_keys(config),
         "torch_dtype": "bfloat16",
     }

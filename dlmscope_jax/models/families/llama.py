@@ -4,8 +4,10 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
+from dlmscope_jax.errors import UserError
+
 from ..config import DiffusionSpec, ModelConfig
-from .reading import Keys, Tensor, block_tensors, llama_tensors
+from .reading import Keys, Tensor, block_tensors, checked, llama_tensors, shape_keys
 
 
 def read(keys: Keys) -> tuple[ModelConfig, None]:
@@ -13,22 +15,35 @@ def read(keys: Keys) -> tuple[ModelConfig, None]:
     attention_bias = keys.take("attention_bias", default=False, kind=bool)
     mlp_bias = keys.take("mlp_bias", default=False, kind=bool)
     config = read_llama_like(keys, "llama", qkv_bias=attention_bias, default_theta=10000.0)
-    return dataclasses.replace(config, out_bias=attention_bias, mlp_bias=mlp_bias), None
+    return checked(keys, dataclasses.replace(config, out_bias=attention_bias, mlp_bias=mlp_bias), None)
 
 
-def read_llama_like(keys: Keys, family: str, qkv_bias: bool, default_theta: float, attention: str = "causal") -> ModelConfig:
-    """What Llama, Qwen2 and Dream spell alike."""
+def read_llama_like(
+    keys: Keys, family: str, qkv_bias: bool, default_theta: float, attention: str = "causal", head_dim: int | None = None
+) -> ModelConfig:
+    """What Llama, the Qwens and the diffusion models made from them spell alike.
+
+    Args:
+      head_dim: width of a head where the file does not say it; None: the heads share the network's width.
+
+    Raises:
+      UserError: for layers with windows, in either spelling, or another activation.
+    """
     keys.expect("hidden_act", "silu")
-    d_model, n_heads = keys.size("hidden_size"), keys.size("num_attention_heads")
+    keys.expect("use_sliding_window", False)
+    others = sorted({str(kind) for kind in keys.take("layer_types", default=[], kind=list)} - {"full_attention"})
+    if others:
+        raise UserError(f"{keys.where}: layer_types holds {', '.join(map(repr, others))}; supported: 'full_attention'")
+    n_heads = keys.size("num_attention_heads")
     theta, scaling = keys.rope(default_theta)
     return ModelConfig(
         family=family,
         vocab_size=keys.size("vocab_size"),
-        d_model=d_model,
+        d_model=keys.size("hidden_size"),
         n_layers=keys.size("num_hidden_layers"),
         n_heads=n_heads,
         n_kv_heads=keys.size("num_key_value_heads", default=n_heads),
-        head_dim=keys.size("head_dim", default=d_model // n_heads),
+        head_dim=keys.size("head_dim", default=head_dim) or keys.head_dim(["hidden_size"], ["num_attention_heads"]),
         d_mlp=keys.size("intermediate_size"),
         norm_eps=keys.take("rms_norm_eps", default=1e-6, kind=float),
         rope_theta=theta,
@@ -37,9 +52,7 @@ def read_llama_like(keys: Keys, family: str, qkv_bias: bool, default_theta: floa
         attention=attention,
         qkv_bias=qkv_bias,
         tied_head=keys.take("tie_word_embeddings", default=False, kind=bool),
-        bos_id=keys.token("bos_token_id"),
-        eos_id=keys.token("eos_token_id"),
-        pad_id=keys.token("pad_token_id"),
+        **keys.ids(),
     )
 
 
@@ -58,27 +71,17 @@ def write(config: ModelConfig, diffusion: DiffusionSpec | None) -> dict[str, Any
 
 
 def write_llama_like(config: ModelConfig) -> dict[str, Any]:
-    """What Llama, Qwen2 and Dream spell alike."""
+    """What they spell alike, in the hub's flat spelling."""
     scaling = None
     if config.rope_scaling is not None:
         scaling = {"rope_type": "llama3"} | dataclasses.asdict(config.rope_scaling)
         scaling["original_max_position_embeddings"] = scaling.pop("original_max_positions")
-    return {
+    return shape_keys(config) | {
         "hidden_act": "silu",
-        "hidden_size": config.d_model,
-        "intermediate_size": config.d_mlp,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
         "num_key_value_heads": config.n_kv_heads,
         "head_dim": config.head_dim,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "rope_scaling": scaling,
-        "max_position_embeddings": config.max_positions,
-        "vocab_size": config.vocab_size,
-        "tie_word_embeddings": config.tied_head,
-        "bos_token_id": config.bos_id,
-        "eos_token_id": config.eos_id,
-        "pad_token_id": config.pad_id,
         "torch_dtype": "bfloat16",
     }

@@ -13,10 +13,8 @@ stream stay in float32; dtype ``"float32"`` is closest to it, ``"bfloat16"`` als
 from collections.abc import Collection
 from typing import Any
 
-from dlmscope_jax.errors import UserError
-
 from ..config import DiffusionSpec, ModelConfig
-from .reading import Fused, Keys, Tensor
+from .reading import Fused, Keys, Tensor, checked, id_keys
 
 IGNORED = ("rotary_emb.inv_freq",)
 MLP_RATIO = 4
@@ -33,10 +31,8 @@ def read(keys: Keys) -> tuple[ModelConfig, DiffusionSpec]:
     for inert in ("dropout", "tie_word_embeddings"):  # the head has a matrix of its own whatever that key says
         keys.take(inert, default=None)
     d_model, n_heads, vocab = keys.size("hidden_dim"), keys.size("n_heads"), keys.size("vocab_size")
-    if d_model % n_heads:
-        raise UserError(f"{keys.where}: hidden_dim {d_model} is not divisible by n_heads {n_heads}")
     end = END_OF_TEXT if vocab == WITH_GPT2_TOKENS else None
-    tokens = {name: keys.token(f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    ids = keys.ids()
     config = ModelConfig(
         family="mdlm",
         vocab_size=vocab,
@@ -44,15 +40,15 @@ def read(keys: Keys) -> tuple[ModelConfig, DiffusionSpec]:
         n_layers=keys.size("n_blocks"),
         n_heads=n_heads,
         n_kv_heads=n_heads,
-        head_dim=d_model // n_heads,
+        head_dim=keys.head_dim(["hidden_dim"], ["n_heads"]),
         d_mlp=MLP_RATIO * d_model,
         norm_eps=1e-5,
         rope_theta=10000.0,
         max_positions=keys.size("model_length", default=1024),
         attention="bidirectional",
-        bos_id=end if tokens["bos"] is None else tokens["bos"],
-        eos_id=end if tokens["eos"] is None else tokens["eos"],
-        pad_id=tokens["pad"],
+        bos_id=end if ids["bos_id"] is None else ids["bos_id"],
+        eos_id=end if ids["eos_id"] is None else ids["eos_id"],
+        pad_id=ids["pad_id"],
         norm="layer",
         gated=False,
         activation="gelu_tanh",
@@ -60,7 +56,7 @@ def read(keys: Keys) -> tuple[ModelConfig, DiffusionSpec]:
         head_bias=True,
         cond_dim=keys.size("cond_dim"),
     )
-    return config, DiffusionSpec(mask_id=keys.take("mask_token_id", default=vocab - 1, kind=int), shift=False)
+    return checked(keys, config, DiffusionSpec(mask_id=keys.take("mask_token_id", default=vocab - 1, kind=int), shift=False))
 
 
 def tensors(config: ModelConfig, names: Collection[str] = frozenset()) -> dict[tuple[str, ...], Tensor]:
@@ -103,7 +99,5 @@ def write(config: ModelConfig, diffusion: DiffusionSpec | None) -> dict[str, Any
         "n_heads": config.n_heads,
         "time_conditioning": False,
         "mask_token_id": diffusion.mask_id,
-        "bos_token_id": config.bos_id,
-        "eos_token_id": config.eos_id,
-        "pad_token_id": config.pad_id,
+        **id_keys(config),
     }

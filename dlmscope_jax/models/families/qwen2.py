@@ -5,14 +5,12 @@ from typing import Any
 
 from ..config import DiffusionSpec, ModelConfig
 from .llama import read_llama_like, write_llama_like
-from .qwen3 import expect_no_window
-from .reading import Keys, Tensor, llama_tensors
+from .reading import Keys, Tensor, checked, llama_tensors
 
 
 def read(keys: Keys) -> tuple[ModelConfig, None]:
     """Reads a ``config.json`` of model type ``qwen2``; its window keys do nothing while ``use_sliding_window`` is false."""
-    expect_no_window(keys)
-    return read_llama_like(keys, "qwen2", qkv_bias=True, default_theta=10000.0), None
+    return checked(keys, read_llama_like(keys, "qwen2", qkv_bias=True, default_theta=10000.0), None)
 
 
 def tensors(config: ModelConfig, names: Collection[str] = frozenset()) -> dict[tuple[str, ...], Tensor]:

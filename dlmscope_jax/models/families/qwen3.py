@@ -4,41 +4,25 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
-from dlmscope_jax.errors import UserError
-
 from ..config import DiffusionSpec, ModelConfig
 from .llama import read_llama_like, write_llama_like
-from .reading import Keys, Tensor, llama_tensors
+from .reading import Keys, Tensor, checked, llama_tensors
 
 
 def read(keys: Keys) -> tuple[ModelConfig, None]:
     """Reads a ``config.json`` of model type ``qwen3``; its window keys do nothing while ``use_sliding_window`` is false."""
-    return read_qwen3_like(keys, "qwen3"), None
+    return checked(keys, read_qwen3_like(keys, "qwen3"), None)
 
 
 def read_qwen3_like(keys: Keys, family: str, attention: str = "causal") -> ModelConfig:
-    """What Qwen3 and the diffusion models made from it spell alike.
+    """What Qwen3 and the diffusion models made from it spell alike; a missing width of a head is the published class's.
 
     Raises:
       UserError: for biases or windows, which these networks do not have.
     """
     keys.expect("attention_bias", False)
-    expect_no_window(keys)
-    head_dim = keys.size("head_dim", default=128)  # the published class's default, whatever D and N are
-    config = read_llama_like(keys, family, qkv_bias=False, default_theta=10000.0, attention=attention)
-    return dataclasses.replace(config, head_dim=head_dim, qk_norm=True)
-
-
-def expect_no_window(keys: Keys) -> None:
-    """Refuses layers with windows, in either spelling.
-
-    Raises:
-      UserError: for a window that is switched on, or a layer that is not of full attention.
-    """
-    keys.expect("use_sliding_window", False)
-    others = sorted(set(keys.take("layer_types", default=[], kind=list)) - {"full_attention"})
-    if others:
-        raise UserError(f"{keys.where}: layer_types holds {', '.join(map(repr, others))}; supported: 'full_attention'")
+    config = read_llama_like(keys, family, qkv_bias=False, default_theta=10000.0, attention=attention, head_dim=128)
+    return dataclasses.replace(config, qk_norm=True)
 
 
 def tensors(config: ModelConfig, names: Collection[str] = frozenset()) -> dict[tuple[str, ...], Tensor]:

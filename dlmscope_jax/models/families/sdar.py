@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import DiffusionSpec, ModelConfig
 from . import qwen3
-from .reading import Keys, Tensor
+from .reading import Keys, Tensor, checked
 
 MASK_ID, BLOCK_LENGTH = 151669, 4  # of the released models, for files that do not say them
 
@@ -23,7 +23,7 @@ def read(keys: Keys) -> tuple[ModelConfig, DiffusionSpec]:
         keys.take(name, default=None)
     config = qwen3.read_qwen3_like(keys, "sdar", attention="block_causal")
     config = dataclasses.replace(config, block_length=keys.size("block_size", default=BLOCK_LENGTH))
-    return config, DiffusionSpec(mask_id=keys.take("mask_token_id", default=MASK_ID, kind=int), shift=False)
+    return checked(keys, config, DiffusionSpec(mask_id=keys.take("mask_token_id", default=MASK_ID, kind=int), shift=False))
 
 
 def tensors(config: ModelConfig, names: Collection[str] = frozenset()) -> dict[tuple[str, ...], Tensor]:
