@@ -275,6 +275,31 @@ def test_learned_positions_are_those_that_are_given() -> None:
     assert_close(model.apply(params, TOKENS, position_ids=position).logits, theirs.numpy(), "logits")
 
 
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_where_the_rotation_inside_the_model_rounds(family: str) -> None:
+    """In bfloat16 the weights of layer 0, from its own q and k: LLaDA rotates in float32, Dream with rounded tables and products."""
+    model, params = load_model(made(family).folder, dtype="bfloat16")
+    cfg = model.config
+    taps = jax.jit(lambda p, t: model.apply(p, t, logits=False, collect=("q@0", "k@0", "attn_pattern@0")).taps)(params, TOKENS)
+    q, k, ours = (np.asarray(taps[name][0]) for name in ("q", "k", "attn_pattern"))
+    half = cfg.head_dim // 2
+    angle = np.arange(TOKENS.shape[1], dtype=np.float32)[:, None, None] / cfg.rope_theta ** (np.arange(half, dtype=np.float32) / half)
+
+    def rotated(x: np.ndarray, dtype: Any) -> np.ndarray:
+        cos, sin, (first, second) = np.cos(angle).astype(dtype), np.sin(angle).astype(dtype), np.split(x.astype(dtype), 2, axis=-1)
+        turned = np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+        return turned.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+    def pattern(dtype: Any) -> np.ndarray:
+        keys = np.repeat(rotated(k, dtype), cfg.n_heads // cfg.n_kv_heads, axis=2)
+        scores = np.exp(np.einsum("btnh,bsnh->bnts", rotated(q, dtype), keys) * cfg.head_dim**-0.5)
+        return (scores / scores.sum(-1, keepdims=True)).astype(ml_dtypes.bfloat16)
+
+    once, often = ((ours == pattern(dtype)).mean() for dtype in (np.float32, ml_dtypes.bfloat16))
+    own, other = (once, often) if family == "llada" else (often, once)
+    assert own > 0.99 and other < 0.8
+
+
 def test_llada_rotates_in_float32_under_bfloat16() -> None:
     """One rounding, after the rotation (LLaDA), against rounding of tables and products (Dream): written out in NumPy."""
     rng = np.random.default_rng(0)
