@@ -88,6 +88,7 @@ _ALIASES = [
     (re.compile(r"(?:model\.)?layers\.(\d+)\.self_attn(?:\.o_proj)?"), "attn_out"),
     (re.compile(r"(?:model\.)?layers\.(\d+)\.post_attention_layernorm"), "mlp_in"),
     (re.compile(r"(?:model\.)?layers\.(\d+)\.mlp(?:\.down_proj)?"), "mlp_out"),
+    (re.compile(r"(?:model\.)?transformer\.blocks\.(\d+)\.attn_norm"), "attn_in"),
     (re.compile(r"(?:model\.)?transformer\.blocks\.(\d+)\.attn_out"), "attn_out"),
     (re.compile(r"(?:model\.)?transformer\.blocks\.(\d+)\.ff_norm"), "mlp_in"),
     (re.compile(r"(?:model\.)?transformer\.blocks\.(\d+)\.ff_out"), "mlp_out"),
@@ -97,9 +98,15 @@ _ALIASES = [
     (re.compile(r"(?:transformer\.)?h\.(\d+)\.attn(?:\.c_proj)?"), "attn_out"),
     (re.compile(r"(?:transformer\.)?h\.(\d+)\.mlp(?:\.c_proj)?"), "mlp_out"),
     (re.compile(r"(?:gpt_neox\.)?layers\.(\d+)\.attention(?:\.dense)?"), "attn_out"),
-    (re.compile(r"(?:gpt_neox\.)layers\.(\d+)\.mlp(?:\.dense_4h_to_h)?"), "mlp_out"),
-    (re.compile(r"(?:gpt_neox\.)layers\.(\d+)\.post_attention_layernorm"), "mlp_in"),
-    (re.compile(r"(?:gpt_neox\.)layers\.(\d+)"), "resid_post"),
+    (re.compile(r"gpt_neox\.layers\.(\d+)"), "resid_post"),
+    (re.compile(r"gpt_neox\.layers\.(\d+)\.input_layernorm"), "attn_in"),
+    (re.compile(r"gpt_neox\.layers\.(\d+)\.mlp(?:\.dense_4h_to_h)?"), "mlp_out"),
+    (re.compile(r"gpt_neox\.layers\.(\d+)\.post_attention_layernorm"), "mlp_in"),
+    # MDLM: outputs of projections before they are gated; its norms' outputs are no sites, being shifted and scaled next
+    (re.compile(r"backbone\.blocks\.(\d+)"), "resid_post"),
+    (re.compile(r"backbone\.blocks\.(\d+)\.attn_out"), "attn_raw"),
+    (re.compile(r"backbone\.blocks\.(\d+)\.mlp\.1"), "mlp_act"),
+    (re.compile(r"backbone\.blocks\.(\d+)\.mlp(?:\.2)?"), "mlp_raw"),
     (re.compile(r"(resid_post|mlp_out|attn_out)_layer_(\d+)"), None),
 ]  # fmt: skip
 

@@ -408,12 +408,29 @@ def test_sites_that_a_network_lacks_are_named(name):
         ("gpt_neox.layers.2", "resid_post@2"), ("gpt_neox.layers.2.attention.dense", "attn_out@2"),
         ("gpt_neox.layers.2.mlp.dense_4h_to_h", "mlp_out@2"), ("gpt_neox.layers.2.post_attention_layernorm", "mlp_in@2"),
         ("blocks.5.hook_mlp_in", "resid_mid@5"),
+        ("gpt_neox.layers.2.input_layernorm", "attn_in@2"), ("transformer.blocks.3.attn_norm", "attn_in@3"),
+        ("model.transformer.blocks.3.attn_norm", "attn_in@3"), ("model.transformer.blocks.3.ff_norm", "mlp_in@3"),
         ("model.layers.3.input_layernorm", "attn_in@3"), ("model.layers.3.self_attn.o_proj", "attn_out@3"),
     ],
 )  # fmt: skip
 def test_aliases(alias, site):
     assert canonical_site(alias) == site
     assert parse_site(alias) == parse_site(site)
+
+
+@pytest.mark.parametrize(
+    ("path", "site"),
+    [
+        ("backbone.blocks.1", "resid_post@1"), ("backbone.blocks.1.attn_out", "attn_raw@1"), ("backbone.blocks.1.mlp", "mlp_raw@1"),
+        ("backbone.blocks.1.mlp.2", "mlp_raw@1"), ("backbone.blocks.1.mlp.1", "mlp_act@1"),
+    ],
+)  # fmt: skip
+def test_module_paths_of_mdlm(path, site):
+    """Its projections' outputs are gated before they are added; what its norms give is shifted and scaled: no site."""
+    assert canonical_site(path) == canonical_site(path, NETWORKS["mdlm"]) == site
+    for norm in ("norm1", "norm2", "mlp.0", "attn_qkv"):
+        with pytest.raises(UserError, match="is not known"):
+            canonical_site(f"backbone.blocks.1.{norm}", NETWORKS["mdlm"])
 
 
 def test_module_paths_of_a_model_that_norms_outputs():
