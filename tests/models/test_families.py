@@ -1,6 +1,7 @@
 """What is special in a family, beyond its equality with a twin: windows, caps, constant conditions, blocks, orders of rounding."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from networks import random_network
 from tiny import TINY
 
+import dlmscope_jax.models
 from dlmscope_jax.models import Transformer, load_model
 from dlmscope_jax.models.head import final_modulation, sigma_condition
 
@@ -157,3 +159,10 @@ def test_mdlm_in_float32_is_nearest_to_what_its_code_computes(tmp_path):
         for m, p in (load_model(tmp_path, dtype="bfloat16"), (model, params))
     )
     assert near < 0.02 * np.linalg.norm(theirs) and near < far
+
+
+def test_the_readme_says_what_each_file_is_for():
+    folder = Path(dlmscope_jax.models.__file__).parent
+    rows = [line for line in (folder / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    missing = [path.name for path in folder.glob("*.py") if path.name != "__init__.py" and f"`{path.name}`" not in "".join(rows)]
+    assert missing == []
