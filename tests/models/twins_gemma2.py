@@ -18,30 +18,17 @@ GEMMA = {
 
 def attach(module: nn.Module, tape: Tape) -> None:
     """Hooks at every site; what is added to the residual stream is the output of the second norm of each half."""
-    cfg, scale = module.config, twins.rms_scale(module.config.rms_norm_eps)
-    queries, keys = twins.heads(cfg.num_attention_heads), twins.heads(cfg.num_key_value_heads)
+    twins_llama.attach_inner(module, tape)
+    scale = twins.rms_scale(module.config.rms_norm_eps)
     for i, layer in enumerate(module.model.layers):
-        attention = layer.self_attn
-        tape.read(layer.input_layernorm, i, resid_pre=None, attn_norm_scale=scale)
-        tape.write(layer.input_layernorm, i, attn_in=None)
-        tape.write(attention.q_proj, i, q=queries)
-        tape.write(attention.k_proj, i, k=keys)
-        tape.write(attention.v_proj, i, v=keys)
-        tape.pattern(attention, i)
-        tape.read(attention.o_proj, i, z=queries)
-        tape.write(attention.o_proj, i, attn_raw=None)
+        tape.write(layer.self_attn.o_proj, i, attn_raw=None)
         tape.read(layer.post_attention_layernorm, i, attn_post_norm_scale=scale)
         tape.write(layer.post_attention_layernorm, i, attn_out=None)
         tape.read(layer.pre_feedforward_layernorm, i, resid_mid=None, mlp_norm_scale=scale)
         tape.write(layer.pre_feedforward_layernorm, i, mlp_in=None)
-        tape.read(layer.mlp.down_proj, i, mlp_act=None)
         tape.write(layer.mlp, i, mlp_raw=None)
         tape.read(layer.post_feedforward_layernorm, i, mlp_post_norm_scale=scale)
         tape.write(layer.post_feedforward_layernorm, i, mlp_out=None)
-        tape.write(layer, i, resid_post=None)
-    n = len(module.model.layers)
-    tape.read(module.model.norm, n, final_norm_scale=scale)
-    tape.write(module.model.norm, n, final_norm=None)
 
 
 def _hub_keys(config: dict[str, Any]) -> dict[str, Any]:

@@ -40,6 +40,17 @@ LLADA_NAMES = [
 
 def attach(module: nn.Module, tape: Tape) -> None:
     """Hooks at every site of a Llama-like model."""
+    attach_inner(module, tape)
+    scale = twins.rms_scale(module.config.rms_norm_eps)
+    for i, layer in enumerate(module.model.layers):
+        tape.write(layer.self_attn.o_proj, i, attn_out=None)
+        tape.read(layer.post_attention_layernorm, i, resid_mid=None, mlp_norm_scale=scale)
+        tape.write(layer.post_attention_layernorm, i, mlp_in=None)
+        tape.write(layer.mlp, i, mlp_out=None)
+
+
+def attach_inner(module: nn.Module, tape: Tape) -> None:
+    """Hooks at the sites for which it does not matter what happens to the outputs of attention and MLP before they are added."""
     cfg, scale = module.config, twins.rms_scale(module.config.rms_norm_eps)
     queries, keys = twins.heads(cfg.num_attention_heads), twins.heads(cfg.num_key_value_heads)
     for i, layer in enumerate(module.model.layers):
@@ -51,11 +62,7 @@ def attach(module: nn.Module, tape: Tape) -> None:
         tape.write(attention.v_proj, i, v=keys)
         tape.pattern(attention, i)
         tape.read(attention.o_proj, i, z=queries)
-        tape.write(attention.o_proj, i, attn_out=None)
-        tape.read(layer.post_attention_layernorm, i, resid_mid=None, mlp_norm_scale=scale)
-        tape.write(layer.post_attention_layernorm, i, mlp_in=None)
         tape.read(layer.mlp.down_proj, i, mlp_act=None)
-        tape.write(layer.mlp, i, mlp_out=None)
         tape.write(layer, i, resid_post=None)
     n = len(module.model.layers)
     tape.read(module.model.norm, n, final_norm_scale=scale)
