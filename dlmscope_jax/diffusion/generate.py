@@ -120,7 +120,8 @@ def _loop(
         buffers = collect.keep(buffers, taps, step, n_steps)
         return (progress.write(step, where, proposal, mask_id, stops), buffers, forwards + ran, state), progress.tokens
 
-    progress, state = Progress.begin(tokens, unknown, n_steps), reader.start()
+    progress = Progress.begin(tokens, unknown, n_steps)
+    state = reader.start(progress, progress.edits(edits, jnp.int32(0), n_steps))
     shapes = jax.eval_shape(lambda: work(progress, state, jnp.int32(0))[2])
     carry = (progress, collect.buffers(shapes, n_steps), jnp.int32(0), state)
     (progress, buffers, forwards, _), history = jax.lax.scan(one_step, carry, jnp.arange(n_steps, dtype=jnp.int32))

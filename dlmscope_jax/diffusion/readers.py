@@ -1,8 +1,9 @@
 """How a denoising step gets its logits: by reading the whole text, or one part of it beside keys and values kept from before.
 
-A reader is built inside the compiled loop. ``start()`` gives its state, ``read`` one forward pass: the logits of some
-columns of the text, which of these may be written now, the activations, and the next state. Activations have the text's
-shape: entries that a pass did not compute are those of the last pass that did, 0 where there was none.
+A reader is built inside the compiled loop. ``start`` gives its state, with what of the prompt it reads once and for all;
+``read`` is one forward pass: the logits of some columns of the text, which of these may be written now, the activations,
+and the next state. What ``start`` reads and the first pass count as one. Activations have the text's shape: entries that
+a pass did not compute are those of the last pass that did, 0 where there was none.
 """
 
 import dataclasses
@@ -102,6 +103,15 @@ class Text:
             cache=cache,
             start=columns[:, 0],
         )
+
+    def read_prompt(self, width: int, progress: Progress, edits: tuple[Edit, ...], cache: Any, kept: Taps) -> tuple[Any, Taps]:
+        """The cache and the activations after a pass over the first ``width`` columns, of which nothing is scored."""
+        if width == 0:
+            return cache, kept
+        columns = jnp.broadcast_to(jnp.arange(width), (self.rows, width))
+        nothing = jnp.zeros((self.rows, 0), jnp.int32)  # False would leave out the layers past the last tap
+        out = self.forward_part(progress.tokens, columns, cache, nothing, edits)
+        return out.cache, self.put(kept, out.taps, columns)
 
     def empty_taps(self, keys: int) -> Taps:
         """Activations of the whole text before anything is read; ``keys`` is the cache's length."""
@@ -212,7 +222,7 @@ class WholeText:
     kept_steps: Bool[Array, " S"] | None
     approximate: ClassVar[bool] = False
 
-    def start(self) -> Any:
+    def start(self, progress: Progress, edits: tuple[Edit, ...]) -> Any:
         if self.kept_steps is None:
             return ()
         return jnp.zeros((self.text.rows, len(self.columns), self.text.model.config.vocab_size), jnp.float32)
@@ -260,32 +270,21 @@ class WholeText:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NextToken:
-    """An autoregressive model with a cache: the prompt at step 0, then the token that was written last. Exact."""
+    """An autoregressive model with a cache: the prompt but its last token, then one token a step, the last there is. Exact."""
 
     text: Text
     approximate: ClassVar[bool] = False
 
-    def start(self) -> Any:
-        return self.text.model.init_cache(self.text.rows, self.text.total), self.text.empty_taps(self.text.total)
+    def start(self, progress: Progress, edits: tuple[Edit, ...]) -> Any:
+        cache, kept = self.text.model.init_cache(self.text.rows, self.text.total), self.text.empty_taps(self.text.total)
+        return self.text.read_prompt(self.text.given - 1, progress, edits, cache, kept)
 
     def read(self, state: Any, step: Array, progress: Progress, edits: tuple[Edit, ...]) -> Read:
-        text, x, (cache, kept) = self.text, progress.tokens, state
-
-        def pass_over(columns: Array, cache: Any, kept: dict) -> tuple:
-            columns = jnp.broadcast_to(columns, (text.rows, columns.shape[0]))
-            last = jnp.full((text.rows, 1), columns.shape[1] - 1)
-            out = text.forward_part(x, columns, cache, last, edits)
-            return out.logits.astype(jnp.float32), out.cache, text.put(kept, out.taps, columns)
-
-        logits, cache, kept = jax.lax.cond(
-            step == 0,
-            lambda cache, kept: pass_over(jnp.arange(text.given), cache, kept),
-            lambda cache, kept: pass_over(text.given + step[None] - 1, cache, kept),
-            cache,
-            kept,
-        )
+        text, (cache, kept) = self.text, state
         columns = jnp.full((text.rows, 1), text.given + step)
-        return Read(logits, columns, jnp.ones_like(columns, bool), kept, jnp.int32(1), (cache, kept))
+        out = text.forward_part(progress.tokens, columns - 1, cache, True, edits)
+        kept = text.put(kept, out.taps, columns - 1)
+        return Read(out.logits.astype(jnp.float32), columns, jnp.ones_like(columns, bool), kept, jnp.int32(1), (out.cache, kept))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -301,7 +300,7 @@ class DualCache:
     block_length: int
     approximate: ClassVar[bool] = True
 
-    def start(self) -> Any:
+    def start(self, progress: Progress, edits: tuple[Edit, ...]) -> Any:
         return (
             self.text.model.init_cache(self.text.rows, self.text.total),
             jnp.int32(-1),
@@ -336,45 +335,38 @@ class BlockCache:
     """Block-causal models: complete blocks are read once and kept; a pass reads the current block alone.
 
     Exact, but for edits that would still change what is kept: ``approximate`` says whether there are any.
-    The prompt is read at step 0. When a block is complete one more pass reads it as it then stands. In a shifted model
-    those passes predict the first token of the next block, and it is committed before the rest of that block is read
-    (Fast-dLLM v2). Blocks count from each row's first real token, and each row goes through them at its own pace.
+    The prompt is read first. When a block is complete one more pass reads it as it then stands, the prompt's last complete
+    one too. In a shifted model those passes predict the first token of the next block, and it is committed before the rest
+    of that block is read (Fast-dLLM v2). Blocks count from each row's first real token, and each row goes through them at its own pace.
     """
 
     text: Text
     approximate: bool
 
-    def start(self) -> Any:
-        length = self.text.model.config.block_length
-        columns = self.text.total + length  # the last block of a row may end past the text
-        before = jnp.full((self.text.rows, 1), -1 if self.text.given else 0)  # without a prompt there is nothing to read first
-        return self.text.model.init_cache(self.text.rows, columns), before, self.text.empty_taps(columns)
+    def start(self, progress: Progress, edits: tuple[Edit, ...]) -> Any:
+        text = self.text
+        columns = text.total + text.model.config.block_length  # the last block of a row may end past the text
+        before = jnp.full((text.rows, 1), -1 if text.given else 0)  # without a prompt no block is complete
+        cache, kept = text.read_prompt(text.given, progress, edits, text.model.init_cache(text.rows, columns), text.empty_taps(columns))
+        return cache, before, kept
 
     def read(self, state: Any, step: Array, progress: Progress, edits: tuple[Edit, ...]) -> Read:
         text, x, masked, (cache, before, kept) = self.text, progress.tokens, progress.masked, state
         shift, length = predicts_next(text.model), text.model.config.block_length
         first = text.first_columns()[:, None]
-        block_of = (jnp.arange(text.total) - first) // length
-        block = jnp.min(jnp.where(masked, block_of, 2**30), axis=1, keepdims=True)
+        at = jnp.arange(text.total)
+        masked &= at >= text.origin
+        block = jnp.min(jnp.where(masked, (at - first) // length, 2**30), axis=1, keepdims=True)
         block = jnp.where(masked.any(axis=1, keepdims=True), block, before).astype(jnp.int32)
         window = lambda b: first + b * length + jnp.arange(length)  # noqa: E731
         columns, settles = window(block), block != before  # [B, W]; [B, 1] rows whose last block has to be read once more
-
-        def prompt(cache: Any, kept: Taps) -> tuple:
-            given = jnp.broadcast_to(jnp.arange(text.given), (text.rows, text.given))
-            out = text.forward_part(x, given, cache, jnp.clip(columns - 1, 0, text.given - 1), edits)
-            return out.logits.astype(jnp.float32), out.cache, text.put(kept, out.taps, given)
-
-        def part(cache: Any, kept: Taps) -> tuple:
-            here = jnp.where(settles, window(block - 1), columns)
-            out = text.forward_part(x, here, cache, True, edits)
-            logits = out.logits.astype(jnp.float32)
-            if shift:  # a settled block's last token predicts the first of the next
-                front = jnp.where(settles[:, :, None], logits[:, -1:], logits[:, :1])
-                logits = jnp.concatenate([front, logits[:, :-1]], axis=1)
-            return logits, out.cache, text.put(kept, out.taps, here)
-
-        logits, cache, kept = jax.lax.cond(step == 0, prompt, part, cache, kept) if text.given else part(cache, kept)
+        here = jnp.where(settles, window(jnp.maximum(block - 1, 0)), columns)
+        out = text.forward_part(x, here, cache, True, edits)
+        logits = out.logits.astype(jnp.float32)
+        if shift:  # a settled block's last token predicts the first of the next
+            front = jnp.where(settles[:, :, None], logits[:, -1:], logits[:, :1])
+            logits = jnp.concatenate([front, logits[:, :-1]], axis=1)
+        kept = text.put(kept, out.taps, here)
         alone = columns == columns[:, :1] if shift else jnp.zeros(columns.shape, bool)
         may = jnp.where(settles, alone, True) & (columns < text.total)
-        return Read(logits, columns, may, kept, jnp.int32(1), (cache, block, kept))
+        return Read(logits, columns, may, kept, jnp.int32(1), (out.cache, block, kept))

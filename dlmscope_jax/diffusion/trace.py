@@ -21,12 +21,17 @@ class Collect:
     Attributes:
       sites: ``("resid_post@5", ...)``.
       steps: 0-based steps in increasing order, None for all.
-      positions: positions in prompt plus response, None for all.
+      positions: positions in prompt plus response, None for all; of ``attn_pattern`` [B, N, T, S] they are the queries.
     """
 
     sites: tuple[str, ...]
     steps: tuple[int, ...] | None = None
     positions: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        for name in ("steps", "positions"):  # lists and arrays would not be hashable
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(np.asarray(value).tolist()))
 
     def slots(self, n_steps: int) -> Int[np.ndarray, " S"]:
         """Row of each step in the buffers, -1 for a step that is not kept."""
@@ -37,7 +42,11 @@ class Collect:
 
     def pick(self, taps: Taps) -> Taps:
         """The chosen positions of one forward pass."""
-        return taps if self.positions is None else jax.tree.map(lambda tap: tap[:, np.array(self.positions, int)], taps)
+        if self.positions is None:
+            return taps
+        chosen = np.array(self.positions, int)
+        take = lambda name, tap: tap[:, :, chosen] if name == "attn_pattern" else tap[:, chosen]  # noqa: E731
+        return {name: {layer: take(name, tap) for layer, tap in layers.items()} for name, layers in taps.items()}
 
     def buffers(self, picked: Any, n_steps: int) -> Taps:
         """Zeros for all kept steps; ``picked`` are the shapes of what ``pick`` returns."""
@@ -77,7 +86,8 @@ class Trace:
       confidence: [B, P + N] float32, the sampler's confidence in a token when it wrote it; 0 where it wrote none.
       taps: ``{"resid_post": {5: [S, B, P + N, D]}}``, entry s from the forward pass that read ``history[s]`` (with
         guidance the conditional one); S and P + N are the chosen steps and positions where ``Collect`` names them.
-      forwards: [] int32, the forward passes that ran, guidance's second ones among them.
+      forwards: [] int32, the forward passes that ran, guidance's second ones among them; with a cache the reading of the
+        prompt is part of the first.
       approximate: whether keys and values of an earlier text were used, so that activations and logits are not those
         of a forward pass over ``history[s]``: with a dual cache always; with a block cache when an edit has a schedule,
         acts on ``"just_committed"`` or ``"masked_prev"``, or changes ``attn_pattern`` other than by a scalar factor, since

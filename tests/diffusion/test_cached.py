@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlmscope_jax.diffusion import ARSampler, ParallelSampler, generate, readers
+from dlmscope_jax.diffusion import ARSampler, Collect, ParallelSampler, generate, readers
+from dlmscope_jax.diffusion.generate import _loop
 from dlmscope_jax.errors import UserError
 from dlmscope_jax.models import DiffusionSpec, Edit, ModelConfig, Transformer, init_params
 
@@ -54,10 +55,9 @@ def test_autoregressive_cache_is_exact(monkeypatch, padded, positions):
     run = lambda: generate(model, params, prompt, sampler, attention_mask=keep, edits=edits, collect=("q@1", "attn_pattern@0"))  # noqa: E731
     cached = run()
     whole(monkeypatch)
-    generate_loop = generate.__globals__["_loop"]
-    generate_loop.clear_cache()
+    _loop.clear_cache()
     plain = run()
-    generate_loop.clear_cache()
+    _loop.clear_cache()
     assert_same(cached, plain)
     for s in range(9):  # the activations of what was known at the step
         known = np.arange(16)[None] < 7 + s
@@ -76,10 +76,10 @@ def test_step_dependent_edits_read_the_whole_text():
 
 
 def test_a_cached_pass_is_over_one_token():
-    """The compiled step has no product over the whole text: the sizes of all matrix products are those of one token or the prompt."""
+    """No product is over the whole text: the sizes of all are those of one token, or of the prompt without its last."""
     model, params = network("causal")
     text = jax.jit(lambda p, t: generate(model, p, t, ARSampler(11, stop_ids=())).tokens).lower(params, prompts(2, 7)).as_text()
-    assert "tensor<2x7x32xf32>" in text and "tensor<2x1x32xf32>" in text and "tensor<2x18x32xf32>" not in text
+    assert "tensor<2x6x32xf32>" in text and "tensor<2x1x32xf32>" in text and "tensor<2x18x32xf32>" not in text
 
 
 BLOCKS = [(shift, sub, threshold, factor) for shift in (False, True) for sub in (4, 2) for threshold, factor in ((0.5, None), (0.9, 1.2))]
@@ -201,12 +201,11 @@ def test_a_block_cache_without_a_prompt():
 def test_one_program_for_all_prompts_and_edits():
     model, params = network("block_causal", shift=False, block_length=4)
     sampler = ParallelSampler(6, 4, cache="blocks", temperature=1.0)
-    loop = generate.__globals__["_loop"]
-    loop.clear_cache()
+    before = _loop._cache_size()
     for seed in range(3):
         edit = Edit("add", f"resid_post@{seed % 2}", jnp.full(16, float(seed)), strength=seed, positions="masked")
         generate(model, params, prompts(2, 5, seed), sampler, key=jax.random.key(seed), edits=(edit,))
-    assert loop._cache_size() == 1
+    assert _loop._cache_size() == before + 1
 
 
 def test_mistakes_are_named():
@@ -266,5 +265,17 @@ def test_edits_of_patterns_under_a_cache():
     for kind, value in (("add", 0.1), ("set", 0.1), ("scale", jnp.full(7, 0.5)), ("set", jnp.ones((7, 7)) / 7)):
         assert not readers.cuts(Edit(kind, "attn_pattern@0", value)), (kind, value)
     block, weights = network("block_causal", shift=False, block_length=4)
+    held = Edit("set", "attn_pattern@0", jnp.ones(7) / 7)
     with pytest.raises(UserError, match="attn_pattern with an array"):
-        generate(block, weights, prompts(1, 4), ParallelSampler(3, 4, cache="blocks"), edits=(Edit("set", "attn_pattern@0", jnp.ones(7) / 7),))
+        generate(block, weights, prompts(1, 4), ParallelSampler(3, 4, cache="blocks"), edits=(held,))
+
+
+def test_an_autoregressive_step_does_not_copy_the_cache():
+    """Four layers, 512 columns: room for keys and for values, for one layer of each, for the history; a copy would need two more."""
+    config = dataclasses.replace(CONFIG, n_layers=4, n_heads=1, n_kv_heads=1, head_dim=512, max_positions=512)
+    model = Transformer(config)
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    tokens, key = jax.ShapeDtypeStruct((2, 512), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
+    program = _loop.lower(model, ARSampler(504, stop_ids=()), Collect(()), 8, False, params, tokens, key, None, ())
+    keys = 4 * 2 * 512 * config.n_kv_heads * config.head_dim * 4
+    assert 2 <= program.compile().memory_analysis().temp_size_in_bytes / keys < 4

@@ -157,6 +157,19 @@ def test_collect_chooses_steps_and_positions(stubs):
     assert some.taps["resid_post"][0].shape == (2, 3, 2, 16)
     np.testing.assert_array_equal(some.taps["resid_post"][0], np.asarray(everything)[[0, 3]][:, :, [13, 6]])
     assert generate(model, model.params, PROMPT, sampler).taps == {}
+    listed = Collect(("resid_post@0",), steps=[0, 3], positions=np.array([13, 6]))
+    assert listed == Collect(("resid_post@0",), steps=(0, 3), positions=(13, 6)) and hash(listed)
+
+
+def test_positions_of_a_pattern_are_its_queries():
+    model, params = _transformer("llada")
+    sites = ("attn_pattern@1", "z@0")
+    everything, some = (
+        generate(model, params, PROMPT, LLaDASampler(1, 2, 2), collect=collect).taps
+        for collect in (sites, Collect(sites, positions=(7, 0, 6)))
+    )
+    np.testing.assert_array_equal(some["attn_pattern"][1], np.asarray(everything["attn_pattern"][1])[:, :, :, [7, 0, 6]])
+    np.testing.assert_array_equal(some["z"][0], np.asarray(everything["z"][0])[:, :, [7, 0, 6]])
 
 
 def test_a_predicted_mask_is_not_a_commit(stubs):
