@@ -6,7 +6,7 @@ from .charts import Axis, Point, Series, heat_plot, line_plot, side_by_side
 from .markup import Html, el, island, join, visible
 from .page import Section, lead, missing
 from .run import Run
-from .tables import facts, fixed, number, table
+from .tables import MISSING, facts, fixed, number, table
 
 _SIDES = (("plain", "Without steering"), ("steered", "With the latent steered"))
 _CELLS = 4000  # a larger grid is not drawn: nobody could read it
@@ -33,9 +33,20 @@ def _pieces(result: dict[str, Any]) -> dict[str, str]:
     return {str(key): visible(str(piece)).replace("↵", "↵\n") for key, piece in (result.get("pieces") or {}).items()}
 
 
+def _written(result: dict[str, Any], key: str, step: int) -> list[bool]:
+    """Where a token stands when a step reads: in a diffusion model everywhere; what an autoregressive one has not written is padding."""
+    return [result.get("mask_id") is not None or commit < step for commit in result[key]["commit_step"]]
+
+
+def _steps_run(result: dict[str, Any]) -> int:
+    """Steps until both sides were done; what comes after repeats the result."""
+    return max(len(result[key].get("activation") or ()) for key, _ in _SIDES) or result["steps"]
+
+
 def _data(result: dict[str, Any]) -> dict[str, Any]:
     return {
         "pieces": _pieces(result), "mask": result.get("mask_id"), "prompt": result["prompt_length"], "steps": result["steps"],
+        "ran": _steps_run(result),
         "sides": [
             {"name": title, "history": result[key]["history"], "commit": result[key]["commit_step"],
              "activation": [[float(f"{v:.3g}") if v else 0 for v in line] for line in result[key].get("activation") or ()]}
@@ -73,21 +84,21 @@ def _results(result: dict[str, Any]) -> Html:
     for key, title in _SIDES:
         tokens = result[key]["history"][-1]
         given = el("span", "".join(_text(pieces, t) for t in tokens[:prompt]), class_="given")
-        text = el("p", given, "".join(_text(pieces, t) for t in tokens[prompt:]), class_="window")
+        ends = [t for t, there in zip(tokens, _written(result, key, steps), strict=True) if there]
+        text = el("p", given, "".join(_text(pieces, t) for t in ends[prompt:]), class_="window")
         finals.append(el("div", el("h4", title), text))
     rows = []
     for position in range(prompt, len(result["plain"]["history"][-1])):
         row: list[Any] = [str(position)]
-        for key, _ in _SIDES:
+        there = [_written(result, key, steps)[position] for key, _ in _SIDES]
+        for (key, _), stands in zip(_SIDES, there, strict=True):
             side = result[key]
             step = side["commit_step"][position]
-            confidence = (side.get("confidence") or [None] * (position + 1))[position]
-            row += [
-                el("code", _text(pieces, side["history"][-1][position])),
-                "never" if step >= steps else number(step),
-                fixed(confidence, 2),
-            ]
-        rows.append(row)
+            confidence = (side.get("confidence") or [None] * (position + 1))[position] if step < steps else None
+            committed = number(step) if step < steps else "never" if stands else MISSING
+            row += [el("code", _text(pieces, side["history"][-1][position])) if stands else MISSING, committed, fixed(confidence, 2)]
+        if any(there):
+            rows.append(row)
     head = ["Position", *(f"{side}: {what}" for side in ("plain", "steered") for what in ("token", "step", "confidence"))]
     order = el(
         "details", el("summary", "Tokens in order of position, with the step that committed them"), table(head, rows, class_="striped")
@@ -103,14 +114,11 @@ def _plots(result: dict[str, Any]) -> Html | None:
     sides = [(key, title, result[key].get("activation") or []) for key, title in _SIDES]
     if not all(grid for _, _, grid in sides):
         return missing("The latent's activation was not followed in this generation.")
-    prompt = result["prompt_length"]
     means = [
-        Series(
-            key, tuple(Point(s, sum(line[prompt:]) / max(len(line) - prompt, 1)) for s, line in enumerate(grid)), colour=i, mark=i, dash=i
-        )
+        Series(key, tuple(Point(s, _mean(result, key, s, line)) for s, line in enumerate(grid)), colour=i, mark=i, dash=i)
         for i, (key, _, grid) in enumerate(sides)
     ]
-    last = max(len(sides[0][2]) - 1, 1)
+    last = max(_steps_run(result) - 1, 1)
     steps = Axis("step", low=0, high=last, whole=True, form=lambda v: number(round(v)))
     plots = [line_plot("The latent over steps", means, steps, Axis("mean activation, response", low=0.0))]
     if result.get("relative_size"):
@@ -126,3 +134,10 @@ def _plots(result: dict[str, Any]) -> Html | None:
         labels = [str(s) for s in range(len(grid))], [str(p) for p in range(len(grid[0]))]
         heats.append(heat_plot(title, grid, *labels, "position", "step", commits, "outlined: committed by that step", top_value=largest))
     return join([side_by_side(plots, large=True), side_by_side(heats, large=True)])
+
+
+def _mean(result: dict[str, Any], key: str, step: int, line: list[float]) -> float | None:
+    """Mean activation over the response as a step read it; None before an autoregressive model's first token."""
+    prompt = result["prompt_length"]
+    values = [v for v, there in zip(line[prompt:], _written(result, key, step)[prompt:], strict=True) if there]
+    return sum(values) / len(values) if values else None

@@ -278,8 +278,8 @@ for (const box of document.querySelectorAll('.scrubber')) {
   play.type = 'button';
   slider.type = 'range';
   slider.min = 0;
-  slider.max = data.steps;
-  slider.value = data.steps;
+  slider.max = data.ran;
+  slider.value = data.ran;
   slider.setAttribute('aria-label', 'Step');
   bench.append(play, slider, output);
   const sides = make('div', 'sides'), readout = make('p', 'readout', 'Point at a token for its step and activation.');
@@ -292,7 +292,8 @@ for (const box of document.querySelectorAll('.scrubber')) {
     sides.append(panel);
     walkable(text, i => {
       const s = +slider.value, commit = side.commit[i];
-      const when = commit < 0 ? 'prompt' : commit >= data.steps ? 'never committed' : `committed by step ${commit}`;
+      const never = data.mask === null ? 'after the end' : 'never committed';
+      const when = commit < 0 ? 'prompt' : commit >= data.steps ? never : `committed by step ${commit}`;
       const act = side.activation[s];
       return `“${piece(side.history[s][i])}”   position ${i}   ${when}` + (act ? `   activation ${say(act[i])}` : '');
     }, readout);
@@ -300,7 +301,7 @@ for (const box of document.querySelectorAll('.scrubber')) {
   });
   const show = () => {
     const s = +slider.value;
-    output.textContent = s === data.steps ? `result, ${s} steps` : `step ${s} reads`;
+    output.textContent = s === data.ran ? `result, ${s} steps` : `step ${s} reads`;
     for (const { side, text } of views) {
       text.replaceChildren(...side.history[s].map((id, i) => {
         const act = side.activation[s];  // none for the result, which no step has read
@@ -318,13 +319,13 @@ for (const box of document.querySelectorAll('.scrubber')) {
   const stop = () => { clearInterval(timer); timer = null; play.textContent = 'Play'; };
   play.addEventListener('click', () => {
     if (timer) return stop();
-    if (+slider.value >= data.steps) slider.value = 0;
+    if (+slider.value >= data.ran) slider.value = 0;
     play.textContent = 'Pause';
     show();
     timer = setInterval(() => {
       slider.value = +slider.value + 1;
       show();
-      if (+slider.value >= data.steps) stop();
+      if (+slider.value >= data.ran) stop();
     }, reduced ? 900 : 350);
   });
   box.append(bench, sides, readout);

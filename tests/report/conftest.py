@@ -319,6 +319,12 @@ def make_run(tmp_path):
 
 
 @pytest.fixture(scope="session")
+def write():
+    """``write_run``, for a fixture that lives longer than a test."""
+    return write_run
+
+
+@pytest.fixture(scope="session")
 def written_run(tmp_path_factory):
     """The folder of a synthetic run that no test changes."""
     return write_run(tmp_path_factory.mktemp("runs") / "made-up")

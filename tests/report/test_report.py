@@ -279,6 +279,48 @@ def test_dictionaries_are_ordered_by_model_layer_and_k(make_run):
     ]
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, write):
+    """A run whose generation is an autoregressive one: of 12 steps the plain side ran 4, the steered side 6."""
+    folder = write(tmp_path_factory.mktemp("stopped") / "made-up", latents=1, windows=1, layers=(4,))
+    file = folder / "results" / "generation.json"
+    result = json.loads(file.read_text()) | {"mask_id": None, "relative_size": [0.25] * 6, "dose": 1.5}
+    result["pieces"] = {**result["pieces"], "0": "<pad>"}
+    for key, ran in (("plain", 4), ("steered", 6)):
+        side = result[key]
+        side["commit_step"] = [-1] * 3 + list(range(ran)) + [12] * (12 - ran)
+        final = [token if step < 12 else 0 for token, step in zip(side["history"][-1], side["commit_step"], strict=True)]
+        side["history"] = [[t if c < s else 0 for t, c in zip(final, side["commit_step"], strict=True)] for s in range(13)]
+        side["confidence"] = [0.0] * 3 + [0.5] * ran + [0.0] * (12 - ran)
+        side["activation"] = [[2.0 if c < s else 0.0 for c in side["commit_step"]] for s in range(ran)]
+    file.write_text(json.dumps(result))
+    return parsed(report(folder))
+
+
+def test_what_comes_after_the_end_is_not_shown(stopped):
+    section = stopped.one("section", identity="generation")
+    assert "<pad>" not in "".join(p.text for p in section.one("div", "finals").all("p", "window"))
+    order = rows_of(section.one("table", "striped"))[1:]
+    assert [row[0] for row in order] == [str(p) for p in range(3, 9)]
+    assert [row[2] for row in order] == ["0", "1", "2", "3", "–", "–"] and [row[5] for row in order] == [str(s) for s in range(6)]
+    assert [row[3] for row in order] == ["0.50"] * 4 + ["–"] * 2 and all(row[1] == "–" for row in order[4:])
+    assert "0.00" not in [cell for row in order for cell in row]
+
+
+def test_curves_and_scrubber_end_with_the_steps_that_ran(stopped):
+    section = stopped.one("section", identity="generation")
+    shown = {f.one("figcaption").one("strong").text: f for f in section.all("figure")}
+    latent = rows_of(shown["The latent over steps"])[1:]
+    assert [row[0] for row in latent] == [str(s) for s in range(6)]
+    # the mean is over what stands there: nothing before the first token, then 2.0 at each
+    assert [row[1] for row in latent] == ["–", *["2.00"] * 3, "–", "–"] and [row[2] for row in latent] == ["–", *["2.00"] * 5]
+    assert [row[0] for row in rows_of(shown["Size of the edit"])[1:]] == [str(s) for s in range(6)]
+    (line,) = shown["Size of the edit"].all("polyline")
+    assert len({point.split(",")[0] for point in line.attributes["points"].split()}) == 6
+    island = json.loads(stopped.one("script", identity="generation-0").text)
+    assert (island["ran"], island["steps"]) == (6, 12)
+
+
 def test_sets_and_generations_have_an_order_of_their_own(make_run):
     folder = make_run(latents=1, windows=1, layers=(2, 4))
     file = folder / "results" / "fidelity-pocket-dlm-2.json"
