@@ -113,7 +113,7 @@ def steered_generation(
     Args:
       model, params: the language model.
       prompt: one row of prompt ids.
-      sampler: any sampler of ``generate`` whose steps are those of passes over the text (not ``cache="dual"``).
+      sampler: any sampler of ``generate``, without a cache that makes its run ``approximate`` (see ``Trace``).
       edit: as ``steer`` makes it.
       dictionary: ``(spec, params, meta)``, in which the latent's activation is followed.
       latent: the latent that is followed.
@@ -129,8 +129,8 @@ def steered_generation(
       edit changed, ``dose`` its sum over steps. ``pieces`` maps ids to text.
 
     Raises:
-      UserError: when the prompt is not one row, or the sampler's passes are approximate, so that the activations are
-        not those of the text that a step read; what the sampler and the model raise.
+      UserError: when the prompt is not one row, or a run is approximate, so that its activations are not those of
+        passes over the texts that it read; what the sampler and the model raise.
     """
     if prompt.ndim != 2 or prompt.shape[0] != 1:
         raise UserError(f"steered_generation: the prompt has shape {tuple(prompt.shape)}; give one row, [1, P]")

@@ -73,7 +73,7 @@ def steer_one(work: Work, name: str, key: str, dictionary: Dictionary, recorded:
 
 
 def sampler_for(model: Any, new_tokens: int) -> Any:
-    """The sampler that a model was published with, one token a step, without randomness where it has that mode."""
+    """A sampler without randomness, about a token a step: Dream's where the model predicts the next token, else LLaDA's."""
     if model.diffusion is None:
         return ARSampler(new_tokens)
     if model.diffusion.shift:
