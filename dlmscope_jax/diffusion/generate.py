@@ -14,11 +14,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 
 from dlmscope_jax.errors import UserError
-from dlmscope_jax.models.edits import Edit
+from dlmscope_jax.models.edits import Edit, InDictionary, check_edits
 from dlmscope_jax.models.sites import parse_site
 
 from .objectives import predicts_next
-from .readers import Text, reader_of
+from .readers import Text, entries, reader_of
 from .samplers import ParallelSampler, Sampler
 from .trace import Collect, Progress, Trace
 
@@ -35,9 +35,13 @@ def generate(
 ) -> Trace:
     """Continues (or fills in) a prompt, step by step, until every row is done.
 
-    Step s draws from ``fold_in(key, s)``. Edits are resolved at every step: their schedule is over the S steps,
-    ``"prompt"`` and ``"response"`` are the given and the generated tokens, ``"masked"`` those still unknown in what the
-    model reads, ``"just_committed"`` those written at the step before (none at step 0).
+    Step s draws from ``fold_in(key, s)``. The same key gives other draws to a batch of another shape; and under ``jit``,
+    where a prompt that is traced may hold masks and the whole text takes part in the draws. Caches leave masks inside such
+    a prompt alone (a block cache all but those of the block in which the prompt ends).
+
+    Edits are resolved at every step: their schedule is over the S steps, ``"prompt"`` and ``"response"`` are the given and
+    the generated tokens, ``"masked"`` those still unknown in what the model reads, ``"just_committed"`` those written at
+    the step before (none at step 0).
 
     Args:
       model: the language model.
@@ -47,12 +51,14 @@ def generate(
         diffusion model, ``ARSampler`` for an autoregressive one.
       key: random key; needed by samplers that draw.
       attention_mask: True at the prompt's real tokens.
-      edits: changes to activations; an array of positions covers prompt and response, [B, P + N].
+      edits: changes to activations; an array of positions covers prompt and response, [B, P + N], and so does a value
+        that differs from token to token.
       collect: sites to keep at all steps and positions, or a ``Collect``.
 
     Raises:
       UserError: when sampler and model do not fit, a key is missing, the prompt is malformed, padded on the right or
-        empty where the model needs a first token, or a site, step, position or edit mask does not exist.
+        empty where the model needs a first token, a site, layer, step or position does not exist, or an edit's positions,
+        value or strength are for another number of tokens or rows.
     """
     _check_sampler(model, sampler, key)
     prompt = jnp.asarray(prompt)
@@ -67,10 +73,9 @@ def generate(
         raise UserError("generate: the prompt is empty, and this model predicts a token from the one before it: begin with one")
     collect = _checked(collect, model, sampler, given + sampler.length)
     edits = tuple(edits)
+    check_edits(edits, model.config)
     for edit in edits:
-        covered = None if edit.mask is None else jnp.shape(edit.mask)[-1]
-        if covered not in (None, 1, given + sampler.length):
-            raise UserError(f"edit at {edit.site}: its positions are {covered}, prompt and response have {given + sampler.length} tokens")
+        _check_shapes(edit, model, rows, given + sampler.length)
     fills_prompt = _check_values(model, prompt, attention_mask)
     if fills_prompt and getattr(sampler, "cache", "none") != "none" and not isinstance(prompt, jax.core.Tracer):
         raise UserError(f"generate: the prompt holds masks, which {type(sampler).__name__} fills only with cache='none'")
@@ -145,6 +150,19 @@ def _check_sampler(model: Any, sampler: Sampler, key: Array | None) -> None:
         if attention == "block_causal" and model.config.block_length % sampler.block_length:
             whole = model.config.block_length
             raise UserError(f"{who}: block_length {sampler.block_length} must divide this block-causal model's {whole}")
+
+
+def _check_shapes(edit: Edit, model: Any, rows: int, total: int) -> None:
+    """Raises when an edit's positions or values are for another number of tokens, or its strengths for another of rows."""
+    both = f"prompt and response have {total} tokens"
+    if edit.mask is not None and (covered := jnp.shape(edit.mask)[-1]) not in (1, total):
+        raise UserError(f"edit at {edit.site}: its positions are {covered}, {both}")
+    value = edit.value.target if isinstance(edit.value, InDictionary) else edit.value
+    shape, behind = getattr(value, "shape", ()), entries(edit, model.config)
+    if len(shape) > behind and (covered := shape[-behind - 1]) not in (1, total):
+        raise UserError(f"edit at {edit.site}: its value is {list(shape)}, for {covered} tokens; {both}")
+    if (strengths := jnp.shape(edit.strength)) not in ((), (rows,)):
+        raise UserError(f"edit at {edit.site}: its strength is {list(strengths)}: one number, or one for each of {rows} rows")
 
 
 def _checked(collect: tuple[str, ...] | Collect, model: Any, sampler: Sampler, total: int) -> Collect:

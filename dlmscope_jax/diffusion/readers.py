@@ -151,26 +151,32 @@ def edit_at(edit: Edit, columns: Int[Array, "B W"], text: Text) -> Edit:
       UserError: for an array as value of ``attn_pattern``, which cannot be cut.
     """
     mask = None if edit.mask is None else _cut(edit.mask, columns, 0)
-    value = edit.value
+    value, behind = edit.value, entries(edit, text.model.config)
+    if edit.site == "attn_pattern" and getattr(value, "shape", ()):
+        raise UserError("edit of attn_pattern with an array as value: generate reads the whole text for that, with cache='none'")
     if isinstance(value, jax.Array):
-        if edit.site == "attn_pattern":
-            if value.ndim:
-                raise UserError("edit of attn_pattern with an array as value: generate reads the whole text for that, with cache='none'")
-        else:
-            shape = site_shape(edit.site, text.model.config)  # of all heads side by side where the value is so wide
-            value = _cut(value, columns, 1 if value.shape[-1:] == (math.prod(shape),) else len(shape))
+        value = _cut(value, columns, behind)
     elif isinstance(value, InDictionary):
-        value = dataclasses.replace(value, target=_cut(jnp.asarray(value.target), columns, 0))
+        value = dataclasses.replace(value, target=_cut(jnp.asarray(value.target), columns, behind))
     return dataclasses.replace(edit, mask=mask, value=value)
 
 
-def _cut(value: Array, columns: Array, trailing: int) -> Array:
-    """Takes columns along the token axis, the one before the last ``trailing``; a value without one stays."""
-    if value.ndim <= trailing or value.shape[value.ndim - trailing - 1] == 1:
+def entries(edit: Edit, config: Any) -> int:
+    """How many axes of an edit's value (of an ``InDictionary``, its target) lie behind the one over tokens, where it has one."""
+    if isinstance(edit.value, InDictionary):
+        return 0
+    shape = (1,) if edit.site == "attn_pattern" else site_shape(edit.site, config)  # a pattern's tokens are its queries
+    side_by_side = getattr(edit.value, "shape", ())[-1:] == (math.prod(shape),) != shape[-1:]  # all heads, as wide as they are together
+    return 1 if side_by_side else len(shape)
+
+
+def _cut(value: Array, columns: Array, behind: int) -> Array:
+    """Takes columns along the token axis, the one before the last ``behind``; a value without one stays."""
+    if value.ndim <= behind or value.shape[-behind - 1] == 1:
         return value
-    value = value if value.ndim == trailing + 2 else value[None]
+    value = value if value.ndim == behind + 2 else value[None]
     value = jnp.broadcast_to(value, (columns.shape[0], *value.shape[1:]))
-    index = jnp.minimum(columns, value.shape[1] - 1).reshape(*columns.shape, *[1] * trailing)
+    index = jnp.minimum(columns, value.shape[1] - 1).reshape(*columns.shape, *[1] * behind)  # a window may pass the text's end
     return jnp.take_along_axis(value, index, axis=1)
 
 

@@ -42,7 +42,7 @@ def assert_same(a, b, atol=2e-5):
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
 def test_autoregressive_cache_is_exact(monkeypatch, padded, positions):
-    model, params = network("causal", positions=positions)
+    model, params = network("causal", positions=positions, n_kv_heads=1)
     prompt = prompts(5, 7)
     keep = jnp.arange(7)[None] >= jnp.array([[0], [3], [5], [1], [0]]) if padded else None
     edits = (
@@ -50,6 +50,7 @@ def test_autoregressive_cache_is_exact(monkeypatch, padded, positions):
         Edit("scale", "mlp_out@1", 0.5, positions="response"),
         Edit("set", "z@1", jnp.ones((4, 4)), positions=jnp.arange(16)[None] == 8),
         Edit("add", "resid_mid@1", jax.random.normal(jax.random.key(2), (16, 16))),  # a value per token
+        Edit("add", "v@0", jax.random.normal(jax.random.key(3), (16, 1, 4))),  # and of the one head that keys and values have
     )
     sampler = ARSampler(9, stop_ids=())
     run = lambda: generate(model, params, prompt, sampler, attention_mask=keep, edits=edits, collect=("q@1", "attn_pattern@0"))  # noqa: E731

@@ -10,7 +10,7 @@ import pytest
 from dlmscope_jax.diffusion import ARSampler, Collect, DreamSampler, LLaDASampler, generate
 from dlmscope_jax.diffusion.generate import _loop
 from dlmscope_jax.errors import UserError
-from dlmscope_jax.models import DiffusionSpec, Edit, ModelConfig, Transformer, init_params
+from dlmscope_jax.models import DiffusionSpec, Edit, InDictionary, ModelConfig, Transformer, init_params
 
 CONFIG = ModelConfig("llada", 40, 16, 2, 2, 1, 8, 32, 1e-5, 1e4, 64, "bidirectional", pad_id=2)
 CAUSAL = ModelConfig("llama", 40, 16, 2, 2, 1, 8, 32, 1e-5, 1e4, 64, "causal", pad_id=2)
@@ -196,6 +196,7 @@ def test_same_key_same_text(stubs):
 def test_mistakes(stubs):
     llada, dream, ar = stubs.llada, stubs.dream, stubs.ar
     some_edit = lambda **k: (Edit("add", "resid_post@0", jnp.ones(16), **k),)  # noqa: E731
+    site, target = "resid_post@0", InDictionary(None, None, 0, jnp.ones(3))
     fill, go = LLaDASampler(2, 4, 4), lambda model, *a, **k: generate(model, model.params, *a, **k)  # noqa: E731
     cases = [
         ("ARSampler", lambda: go(ar, PROMPT, fill)),
@@ -214,6 +215,11 @@ def test_mistakes(stubs):
         (r"0\.\.1", lambda: go(llada, PROMPT, fill, collect=Collect(("resid_post@0",), steps=(2,)))),
         (r"0\.\.9", lambda: go(llada, PROMPT, fill, collect=Collect(("resid_post@0",), positions=(10,)))),
         ("10 tokens", lambda: go(llada, PROMPT, fill, edits=some_edit(positions=jnp.ones((3, 6), bool)))),
+        (r"\[6, 16\], for 6 tokens; .* 10 tokens", lambda: go(llada, PROMPT, fill, edits=(Edit("add", site, jnp.ones((6, 16))),))),
+        (r"\[3, 16\], for 3 tokens", lambda: go(llada, PROMPT, fill, edits=(Edit("add", site, jnp.ones((3, 16))),))),
+        (r"\[3\], for 3 tokens", lambda: go(llada, PROMPT, fill, edits=(Edit("clamp_code", site, target),))),
+        (r"strength is \[2\].* 3 rows", lambda: go(llada, PROMPT, fill, edits=some_edit(strength=jnp.ones(2)))),
+        ("layers 0 to 0", lambda: go(llada, PROMPT, fill, edits=(Edit("add", "resid_post@99", jnp.ones(16)),))),
         ("2 steps", lambda: go(llada, PROMPT, fill, edits=some_edit(schedule=jnp.ones(5)))),
     ]  # fmt: skip
     for message, call in cases:
