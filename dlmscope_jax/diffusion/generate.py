@@ -19,7 +19,7 @@ from dlmscope_jax.models.sites import parse_site
 
 from .objectives import predicts_next
 from .readers import Text, entries, reader_of
-from .samplers import ParallelSampler, Sampler
+from .samplers import ARSampler, ParallelSampler, Sampler
 from .trace import Collect, Progress, Trace
 
 
@@ -142,6 +142,10 @@ def _check_sampler(model: Any, sampler: Sampler, key: Array | None) -> None:
         raise UserError(f"{who} needs an autoregressive model; this one diffuses: use LLaDASampler or DreamSampler")
     if key is None and sampler.needs_key:
         raise UserError(f"{who} with these settings draws random numbers: give generate a key")
+    if isinstance(sampler, ARSampler):
+        for stop in sampler.stop_ids or ():
+            if not 0 <= stop < model.config.vocab_size:
+                raise UserError(f"{who}: stop_ids has token {stop}; ids are 0 to {model.config.vocab_size - 1}")
     if isinstance(sampler, ParallelSampler):
         attention = model.config.attention
         if sampler.cache != "none" and (sampler.cache == "blocks") != (attention == "block_causal"):

@@ -205,7 +205,7 @@ def reader_of(text: Text, sampler: Sampler, edits: tuple[Edit, ...], columns: In
     if isinstance(sampler, ParallelSampler) and sampler.cache == "blocks":
         while_masked = lambda edit: edit.schedule is None and edit.positions == "masked" and _by_column(edit)  # noqa: E731
         return BlockCache(text, approximate=not all(cuts(edit) or while_masked(edit) for edit in edits))
-    if not sampler.needs_diffusion and hasattr(text.model, "init_cache") and all(cuts(edit) for edit in edits):
+    if not sampler.needs_diffusion and all(cuts(edit) for edit in edits):
         return NextToken(text)
     reuses = sampler.reuses_logits and all(edit.schedule is None and edit.positions != "just_committed" for edit in edits)
     return WholeText(text, sampler, columns, kept_steps if reuses else None)

@@ -11,15 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlmscope_jax.models import DiffusionSpec, Head, ModelConfig, ModelOutput
+from dlmscope_jax.models import DiffusionSpec, Head, ModelConfig, ModelOutput, Transformer, init_params
 from dlmscope_jax.models.edits import apply_edits
 
 
 class Stub:
     """Logits are a fixed smooth function of all visible tokens (of those before, when causal), so that no two tie.
 
-    It speaks the language of ``Transformer``: one layer, the site ``resid_post@0``, a head, edits. ``traces`` counts how
-    often it is traced.
+    It speaks the language of ``Transformer``: one layer, the site ``resid_post@0``, a head, edits, a cache (of embeddings).
+    ``traces`` counts how often it is traced.
     """
 
     def __init__(self, vocab: int = 23, length: int = 64, diffusion: DiffusionSpec | None = None, seed: int = 0):
@@ -49,24 +49,29 @@ class Stub:
     def unembed(self, params, hidden):
         return hidden @ params["head"].T
 
-    def apply(self, params, tokens, attention_mask=None, position_ids=None, logits=True, collect=(), edits=()):
+    def init_cache(self, batch, length):
+        return jnp.zeros((batch, length, 16))
+
+    def apply(self, params, tokens, attention_mask=None, position_ids=None, logits=True, collect=(), edits=(), cache=None, start=None):
         self.traces += 1
-        rows, length = tokens.shape
-        where = jnp.arange(length)
-        weight = params["mix"][where[:, None] - where[None] + params["mix"].shape[0] // 2]
-        if self.diffusion is None:
-            weight = jnp.where(where[:, None] >= where[None], weight, 0.0)
+        where = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape) + (0 if start is None else start[:, None])
         seen = params["embed"][tokens]
         if attention_mask is not None:
             seen = jnp.where(attention_mask[:, :, None], seen, 0.0)
-        x = jnp.tanh(jnp.einsum("ts,bsd->btd", weight, seen) * length**-0.5)
+        if cache is not None:
+            seen = cache = cache.at[jnp.arange(len(tokens))[:, None], where].set(seen)
+        apart = where[:, :, None] - jnp.arange(seen.shape[1])
+        weight = params["mix"][apart + params["mix"].shape[0] // 2]
+        if self.diffusion is None:
+            weight = jnp.where(apart >= 0, weight, 0.0)
+        x = jnp.tanh(jnp.einsum("bts,bsd->btd", weight, seen) * seen.shape[1] ** -0.5)
         x = apply_edits(edits, "resid_post", jnp.int32(0), x, {})
         taps = {"resid_post": {0: x}} if "resid_post@0" in collect else {}
         if "final_norm" in collect:
             taps["final_norm"] = {1: x}
         if logits is not False and logits is not True:
             x = jnp.take_along_axis(x, logits[:, :, None], axis=1)
-        return ModelOutput(logits=None if logits is False else self.unembed(params, x), taps=taps)
+        return ModelOutput(logits=None if logits is False else self.unembed(params, x), taps=taps, cache=cache)
 
 
 MASK = 3
@@ -163,3 +168,36 @@ class Models:
 @pytest.fixture(scope="session")
 def stubs() -> Models:
     return Models(Stub(diffusion=DiffusionSpec(3, shift=False)), Stub(diffusion=DiffusionSpec(3, shift=True), seed=1), Stub(seed=2))
+
+
+TINY = ModelConfig("llama", 40, 16, 2, 4, 2, 4, 32, 1e-5, 1e4, 64, "causal", bos_id=0, eos_id=1, pad_id=2)
+
+
+@functools.cache
+def network(attention, shift=None, seed=1, **changes):
+    """A tiny transformer whose head has preferences, whose attention and positions matter, and which never predicts the mask."""
+    model = Transformer(
+        dataclasses.replace(TINY, attention=attention, **changes), None if shift is None else DiffusionSpec(MASK, shift=shift)
+    )
+    rng = np.random.default_rng(seed)
+    draw = lambda path, leaf: jnp.asarray(  # noqa: E731
+        rng.normal(size=leaf.shape) * leaf.shape[-2] ** -0.5 if leaf.ndim > 2 else np.ones(leaf.shape), jnp.float32
+    )
+    params = jax.tree_util.tree_map_with_path(draw, jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
+    weights = params["params"]
+    for name, size in (("embed", 20.0), ("head", 1.0), ("positions", 10.0)):
+        if name in weights:
+            weights[name] = jnp.asarray(size * rng.normal(size=weights[name].shape), jnp.float32)
+    weights["head"] = weights["head"].at[MASK].set(0.0)
+    weights["blocks"] |= {name: 4 * weights["blocks"][name] for name in ("q", "k", "v", "o")}
+    return model, params
+
+
+def real_prompts(rows, length, seed=0):
+    return jax.random.randint(jax.random.key(seed), (rows, length), 4, 40)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> SimpleNamespace:
+    """Small random transformers, made as their configuration says, and prompts for them; mask id 3."""
+    return SimpleNamespace(config=TINY, network=network, prompts=real_prompts)

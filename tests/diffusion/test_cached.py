@@ -10,22 +10,7 @@ import pytest
 from dlmscope_jax.diffusion import ARSampler, Collect, ParallelSampler, generate, readers
 from dlmscope_jax.diffusion.generate import _loop
 from dlmscope_jax.errors import UserError
-from dlmscope_jax.models import DiffusionSpec, Edit, ModelConfig, Transformer, init_params
-
-CONFIG = ModelConfig("llama", 40, 16, 2, 4, 2, 4, 32, 1e-5, 1e4, 64, "causal", bos_id=0, eos_id=1, pad_id=2)
-
-
-def network(attention, shift=None, seed=0, **changes):
-    """A small random model that is sure of some tokens and unsure of others."""
-    config = dataclasses.replace(CONFIG, attention=attention, **changes)
-    model = Transformer(config, None if shift is None else DiffusionSpec(3, shift=shift))
-    params = init_params(model, jax.random.key(seed))
-    params["params"]["head"] = (8 * params["params"]["head"]).at[3].set(0.0)  # the mask is never the best
-    return model, params
-
-
-def prompts(rows, length, seed=0):
-    return jax.random.randint(jax.random.key(seed), (rows, length), 4, 40)
+from dlmscope_jax.models import Edit, Transformer, init_params
 
 
 def whole(monkeypatch):
@@ -41,9 +26,9 @@ def assert_same(a, b, atol=2e-5):
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
-def test_autoregressive_cache_is_exact(monkeypatch, padded, positions):
-    model, params = network("causal", positions=positions, n_kv_heads=1)
-    prompt = prompts(5, 7)
+def test_autoregressive_cache_is_exact(tiny, monkeypatch, padded, positions):
+    model, params = tiny.network("causal", positions=positions, n_kv_heads=1)
+    prompt = tiny.prompts(5, 7)
     keep = jnp.arange(7)[None] >= jnp.array([[0], [3], [5], [1], [0]]) if padded else None
     edits = (
         Edit("add", "resid_post@0", jax.random.normal(jax.random.key(1), (16,)), strength=2.0),
@@ -68,18 +53,18 @@ def test_autoregressive_cache_is_exact(monkeypatch, padded, positions):
         np.testing.assert_allclose(cached.taps["attn_pattern"][0][s][:, :, last], plain.taps["attn_pattern"][0][s][:, :, last], atol=2e-5)
 
 
-def test_step_dependent_edits_read_the_whole_text():
-    model, params = network("causal")
+def test_step_dependent_edits_read_the_whole_text(tiny):
+    model, params = tiny.network("causal")
     late = Edit("add", "resid_post@0", jnp.ones(16), schedule=np.arange(5.0))
-    trace = generate(model, params, prompts(2, 4), ARSampler(5, stop_ids=()), edits=(late,), collect=("resid_post@0",))
+    trace = generate(model, params, tiny.prompts(2, 4), ARSampler(5, stop_ids=()), edits=(late,), collect=("resid_post@0",))
     tap = trace.taps["resid_post"][0]
     np.testing.assert_allclose(tap[3][:, 0] - tap[0][:, 0], 3.0, atol=1e-4)  # an early token is read again, with the new strength
 
 
-def test_a_cached_pass_is_over_one_token():
+def test_a_cached_pass_is_over_one_token(tiny):
     """No product is over the whole text: the sizes of all are those of one token, or of the prompt without its last."""
-    model, params = network("causal")
-    text = jax.jit(lambda p, t: generate(model, p, t, ARSampler(11, stop_ids=())).tokens).lower(params, prompts(2, 7)).as_text()
+    model, params = tiny.network("causal")
+    text = jax.jit(lambda p, t: generate(model, p, t, ARSampler(11, stop_ids=())).tokens).lower(params, tiny.prompts(2, 7)).as_text()
     assert "tensor<2x6x32xf32>" in text and "tensor<2x1x32xf32>" in text and "tensor<2x18x32xf32>" not in text
 
 
@@ -87,10 +72,10 @@ BLOCKS = [(shift, sub, threshold, factor) for shift in (False, True) for sub in 
 
 
 @pytest.mark.parametrize("shift, sub, threshold, factor", BLOCKS)
-def test_block_cache_is_exact(shift, sub, threshold, factor):
+def test_block_cache_is_exact(tiny, shift, sub, threshold, factor):
     """Prompts of every length modulo the block, with padding, against the same sampler on the whole text."""
-    model, params = network("block_causal", shift=shift, block_length=4)
-    prompt, keep = prompts(6, 9), jnp.arange(9)[None] >= jnp.array([[0], [1], [2], [3], [4], [8]])
+    model, params = tiny.network("block_causal", shift=shift, block_length=4)
+    prompt, keep = tiny.prompts(6, 9), jnp.arange(9)[None] >= jnp.array([[0], [1], [2], [3], [4], [8]])
     sampler = ParallelSampler(11, sub, threshold=threshold, factor=factor)
     plain = generate(model, params, prompt, sampler, attention_mask=keep)
     cached = generate(model, params, prompt, dataclasses.replace(sampler, cache="blocks"), attention_mask=keep, collect=("resid_post@1",))
@@ -111,9 +96,9 @@ def test_block_cache_is_exact(shift, sub, threshold, factor):
     np.testing.assert_allclose(cached.taps["resid_post"][1][ran][0, :12], final.taps["resid_post"][1][0, :12], atol=5e-5)
 
 
-def test_a_row_alone_and_in_company_with_a_block_cache():
-    model, params = network("block_causal", shift=True, block_length=4)
-    prompt, keep = prompts(3, 9), jnp.arange(9)[None] >= jnp.array([[0], [2], [5]])
+def test_a_row_alone_and_in_company_with_a_block_cache(tiny):
+    model, params = tiny.network("block_causal", shift=True, block_length=4)
+    prompt, keep = tiny.prompts(3, 9), jnp.arange(9)[None] >= jnp.array([[0], [2], [5]])
     sampler = ParallelSampler(8, 4, threshold=0.6, cache="blocks")
     together = generate(model, params, prompt, sampler, attention_mask=keep)
     for row, start in enumerate((0, 2, 5)):
@@ -159,10 +144,10 @@ def reference_dual(model, params, prompt, sampler, shift):
 
 
 @pytest.mark.parametrize("shift", [False, True])
-def test_dual_cache_is_the_published_approximation(shift):
-    model, params = network("bidirectional", shift=shift, seed=1)
+def test_dual_cache_is_the_published_approximation(tiny, shift):
+    model, params = tiny.network("bidirectional", shift=shift, seed=1)
     sampler = ParallelSampler(12, 4, threshold=0.5, cache="dual")
-    prompt = prompts(4, 6, seed=2)
+    prompt = tiny.prompts(4, 6, seed=2)
     trace = generate(model, params, prompt, sampler)
     exact = generate(model, params, prompt, dataclasses.replace(sampler, cache="none"))
     passes = []
@@ -178,8 +163,8 @@ def test_dual_cache_is_the_published_approximation(shift):
     assert (np.asarray(trace.tokens) != np.asarray(exact.tokens)).any()  # the approximation is seen here
 
 
-def test_dual_cache_without_anything_outside_the_block_is_exact():
-    model, params = network("bidirectional", shift=False, positions="learned")  # rotary ones leave masks alone among themselves equal
+def test_dual_cache_without_anything_outside_the_block_is_exact(tiny):
+    model, params = tiny.network("bidirectional", shift=False, positions="learned")  # rotary ones leave masks alone among themselves equal
     sampler = ParallelSampler(8, 8, threshold=0.5)
     empty = jnp.zeros((3, 0), jnp.int32)
     edit = Edit("add", "resid_post@0", jax.random.normal(jax.random.key(5), (16,)), strength=jnp.array([0.0, 1.0, 3.0]), positions="masked")
@@ -191,46 +176,46 @@ def test_dual_cache_without_anything_outside_the_block_is_exact():
     np.testing.assert_allclose(plain.taps["z"][1], dual.taps["z"][1], atol=2e-5)
 
 
-def test_a_block_cache_without_a_prompt():
-    model, params = network("block_causal", shift=False, block_length=4, positions="learned")
+def test_a_block_cache_without_a_prompt(tiny):
+    model, params = tiny.network("block_causal", shift=False, block_length=4, positions="learned")
     plain, cached = (
         generate(model, params, jnp.zeros((2, 0), jnp.int32), ParallelSampler(10, 4, 0.5, cache=c)) for c in ("none", "blocks")
     )
     np.testing.assert_array_equal(plain.tokens, cached.tokens)
 
 
-def test_one_program_for_all_prompts_and_edits():
-    model, params = network("block_causal", shift=False, block_length=4)
+def test_one_program_for_all_prompts_and_edits(tiny):
+    model, params = tiny.network("block_causal", shift=False, block_length=4)
     sampler = ParallelSampler(6, 4, cache="blocks", temperature=1.0)
     before = _loop._cache_size()
     for seed in range(3):
         edit = Edit("add", f"resid_post@{seed % 2}", jnp.full(16, float(seed)), strength=seed, positions="masked")
-        generate(model, params, prompts(2, 5, seed), sampler, key=jax.random.key(seed), edits=(edit,))
+        generate(model, params, tiny.prompts(2, 5, seed), sampler, key=jax.random.key(seed), edits=(edit,))
     assert _loop._cache_size() == before + 1
 
 
-def test_mistakes_are_named():
-    causal, block = network("bidirectional", shift=False), network("block_causal", shift=False, block_length=4)
+def test_mistakes_are_named(tiny):
+    causal, block = tiny.network("bidirectional", shift=False), tiny.network("block_causal", shift=False, block_length=4)
     for (model, params), sampler, word in [
         (causal, ParallelSampler(8, 4, cache="blocks"), "'dual'"),
         (block, ParallelSampler(8, 4, cache="dual"), "'blocks'"),
         (block, ParallelSampler(8, 3, cache="blocks"), "must divide"),
     ]:
         with pytest.raises(UserError, match=word):
-            generate(model, params, prompts(1, 4), sampler)
+            generate(model, params, tiny.prompts(1, 4), sampler)
     with pytest.raises(UserError, match="multiple of 4"):
         ParallelSampler(9, 4, cache="dual")
     with pytest.raises(UserError, match="holds masks"):
-        generate(*causal, prompts(1, 4).at[0, 2].set(3), ParallelSampler(8, 4, cache="dual"))
+        generate(*causal, tiny.prompts(1, 4).at[0, 2].set(3), ParallelSampler(8, 4, cache="dual"))
     held = Edit("set", "attn_pattern@0", jnp.ones((1, 4, 12, 12)) / 12)
     with pytest.raises(UserError, match="attn_pattern"):
-        generate(*causal, prompts(1, 4), ParallelSampler(8, 4, cache="dual"), edits=(held,))
+        generate(*causal, tiny.prompts(1, 4), ParallelSampler(8, 4, cache="dual"), edits=(held,))
 
 
-def test_a_block_cache_says_which_edits_make_it_approximate():
+def test_a_block_cache_says_which_edits_make_it_approximate(tiny):
     """Fixed edits and those of unknown tokens give what the whole text gives; what moves or is scheduled is flagged."""
-    model, params = network("block_causal", shift=True, block_length=4)
-    prompt, keep = prompts(3, 6), jnp.arange(6)[None] >= jnp.array([[0], [1], [4]])
+    model, params = tiny.network("block_causal", shift=True, block_length=4)
+    prompt, keep = tiny.prompts(3, 6), jnp.arange(6)[None] >= jnp.array([[0], [1], [4]])
     direction = lambda seed: jax.random.normal(jax.random.key(seed), (16,))  # noqa: E731
     run = lambda cache, *edits: generate(  # noqa: E731
         model, params, prompt, ParallelSampler(8, 4, 0.5, steps=11, cache=cache), attention_mask=keep, edits=edits
@@ -260,20 +245,20 @@ def _shape_of_run(model, params, prompt, *edits):
     return jax.eval_shape(lambda: generate(model, params, prompt, ParallelSampler(8, 4, steps=11, cache="blocks"), edits=edits))
 
 
-def test_edits_of_patterns_under_a_cache():
+def test_edits_of_patterns_under_a_cache(tiny):
     """Keys that are not written yet count in a pattern: only a factor is the same with and without them."""
     assert readers.cuts(Edit("scale", "attn_pattern@0", 0.5))
     for kind, value in (("add", 0.1), ("set", 0.1), ("scale", jnp.full(7, 0.5)), ("set", jnp.ones((7, 7)) / 7)):
         assert not readers.cuts(Edit(kind, "attn_pattern@0", value)), (kind, value)
-    block, weights = network("block_causal", shift=False, block_length=4)
+    block, weights = tiny.network("block_causal", shift=False, block_length=4)
     held = Edit("set", "attn_pattern@0", jnp.ones(7) / 7)
     with pytest.raises(UserError, match="attn_pattern with an array"):
-        generate(block, weights, prompts(1, 4), ParallelSampler(3, 4, cache="blocks"), edits=(held,))
+        generate(block, weights, tiny.prompts(1, 4), ParallelSampler(3, 4, cache="blocks"), edits=(held,))
 
 
-def test_an_autoregressive_step_does_not_copy_the_cache():
+def test_an_autoregressive_step_does_not_copy_the_cache(tiny):
     """Four layers, 512 columns: room for keys and for values, for one layer of each, for the history; a copy would need two more."""
-    config = dataclasses.replace(CONFIG, n_layers=4, n_heads=1, n_kv_heads=1, head_dim=512, max_positions=512)
+    config = dataclasses.replace(tiny.config, n_layers=4, n_heads=1, n_kv_heads=1, head_dim=512, max_positions=512)
     model = Transformer(config)
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     tokens, key = jax.ShapeDtypeStruct((2, 512), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))

@@ -208,6 +208,8 @@ def test_mistakes(stubs):
         (r"attention_mask is \[3, 4\]", lambda: go(llada, PROMPT, fill, attention_mask=jnp.ones((3, 4)))),
         ("padded on the left", lambda: go(llada, PROMPT, fill, attention_mask=jnp.arange(6) < jnp.array([[4], [6], [6]]))),
         ("the prompt is empty", lambda: go(dream, PROMPT[:, :0], DreamSampler(2, 4, "entropy"))),
+        ("stop_ids has token 23; ids are 0 to 22", lambda: go(ar, PROMPT, ARSampler(2, stop_ids=(4, 23)))),
+        ("stop_ids is .True.*tuple of token ids", lambda: ARSampler(2, stop_ids=(True,))),
         ("begins with the mask", lambda: go(dream, PROMPT.at[1, 0].set(3), DreamSampler(2, 4, "entropy"))),
         ("'nowhere@1'", lambda: go(llada, PROMPT, fill, collect=("nowhere@1",))),
         ("layers 0 to 0", lambda: go(llada, PROMPT, fill, collect=("resid_post@1",))),

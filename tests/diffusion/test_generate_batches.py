@@ -1,7 +1,5 @@
 """Batches of prompts of different lengths, when generation stops, what is compiled anew, and how much memory a trace takes."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,24 +29,15 @@ MODELS = {
 }
 
 
-@functools.cache
-def _network(family, like=None):
-    """A tiny transformer whose head has preferences, whose attention and positions matter, and which never predicts the mask."""
-    attention, shift, changes = MODELS[like or family]
-    config = ModelConfig(family, 40, 16, 2, 2, 1, 8, 32, 1e-5, 1e4, 64, attention, pad_id=2, **changes)
-    model = Transformer(config, None if shift is None else DiffusionSpec(3, shift=shift))
-    rng = np.random.default_rng(1)
-    draw = lambda path, leaf: jnp.asarray(  # noqa: E731
-        rng.normal(size=leaf.shape) * leaf.shape[-2] ** -0.5 if leaf.ndim > 2 else np.ones(leaf.shape), jnp.float32
-    )
-    params = jax.tree_util.tree_map_with_path(draw, jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
-    weights = params["params"]
-    for name, size in (("embed", 20.0), ("head", 1.0), ("positions", 10.0)):
-        if name in weights:
-            weights[name] = jnp.asarray(size * rng.normal(size=weights[name].shape), jnp.float32)
-    weights["head"] = weights["head"].at[3].set(0.0)
-    weights["blocks"] |= {name: 4 * weights["blocks"][name] for name in ("q", "k", "v", "o")}
-    return model, params
+@pytest.fixture(scope="module")
+def network(tiny):
+    """A tiny transformer of a family, or one that is built like another."""
+
+    def make(family, like=None):
+        attention, shift, changes = MODELS[like or family]
+        return tiny.network(attention, shift, family=family, **changes)
+
+    return make
 
 
 @pytest.mark.parametrize(
@@ -63,9 +52,9 @@ def _network(family, like=None):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_padded_rows_equal_rows_alone(family, sampler):
+def test_padded_rows_equal_rows_alone(network, family, sampler):
     """Learned positions and the blocks of block-causal attention count from a row's first real token."""
-    model, params = _network(family)
+    model, params = network(family)
     keep = jnp.arange(6)[None] >= jnp.array([[0], [3], [5]])
     together = generate(model, params, jnp.where(keep, PROMPT, 2), sampler, attention_mask=keep)
     alone = generate(model, params, PROMPT[1:2, 3:], sampler)
@@ -74,11 +63,11 @@ def test_padded_rows_equal_rows_alone(family, sampler):
     np.testing.assert_allclose(together.confidence[1, 3:], alone.confidence[0], atol=2e-5)
 
 
-def test_llada_counts_padding():
+def test_llada_counts_padding(network):
     """Its own code knows no position ids: a padded row stands where it stands. Learned positions make it visible."""
     keep, sampler = jnp.arange(6)[None] >= jnp.array([[3]]), DreamSampler(6, 8, "entropy")
     for family, same in (("llada", False), ("diffugpt", True)):
-        model, params = _network(family, like="diffugpt")
+        model, params = network(family, like="diffugpt")
         padded = generate(model, params, jnp.where(keep, PROMPT[:1], 2), sampler, attention_mask=keep)
         alone = generate(model, params, PROMPT[:1, 3:], sampler)
         assert (np.abs(padded.confidence[0, 6:] - alone.confidence[0, 3:]).max() < 2e-5) == same
@@ -93,8 +82,8 @@ STOPPING = [
 
 
 @pytest.mark.parametrize("family, sampler", STOPPING, ids=lambda value: value if isinstance(value, str) else type(value).__name__)
-def test_stops_when_every_row_is_done(family, sampler):
-    model, params = _network(family)
+def test_stops_when_every_row_is_done(network, family, sampler):
+    model, params = network(family)
     trace = generate(model, params, PROMPT, sampler, key=jax.random.key(2), collect=("resid_post@1",))
     ran = int(trace.forwards)
     assert ran == 1 + int(np.asarray(trace.commit_step).max()) <= sampler.n_steps
@@ -115,9 +104,9 @@ def test_stops_when_every_row_is_done(family, sampler):
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
-def test_one_compilation_for_all_values(family, sampler):
+def test_one_compilation_for_all_values(network, family, sampler):
     """Prompts, keys, padding, and an edit's value, layer, strength, schedule and mask are data."""
-    model, params = _network(family)
+    model, params = network(family)
     before, results = _loop._cache_size(), []
     for i in range(3):
         keep = np.arange(6)[None] >= np.array([[i], [0], [2 * i]])

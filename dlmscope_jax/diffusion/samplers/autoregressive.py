@@ -41,7 +41,8 @@ class ARSampler(Sampler):
 
     def __post_init__(self):
         check(self, whole=("max_new_tokens", *given(self, "top_k")), not_negative=("temperature",), share=given(self, "top_p"))
-        if self.stop_ids is not None and not (isinstance(self.stop_ids, tuple) and all(isinstance(i, int) for i in self.stop_ids)):
+        whole = lambda i: isinstance(i, int) and not isinstance(i, bool)  # noqa: E731
+        if self.stop_ids is not None and not (isinstance(self.stop_ids, tuple) and all(map(whole, self.stop_ids))):
             raise UserError(f"ARSampler: stop_ids is {self.stop_ids!r}: a tuple of token ids, () to never stop, or None")
 
     @property
