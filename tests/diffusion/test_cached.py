@@ -114,6 +114,7 @@ def reference_dual(model, params, prompt, sampler, shift):
     row = np.concatenate([prompt, np.full(sampler.gen_length, 3)])
     sites = tuple(f"{name}@{layer}" for name in "kv" for layer in range(model.config.n_layers))
     passes = 0
+    read = jax.jit(lambda row, edits: model.apply(params, row[None], edits=edits, collect=sites))
 
     def commit(logits, where):
         nonlocal row
@@ -124,12 +125,18 @@ def reference_dual(model, params, prompt, sampler, shift):
         confidence = np.where(where, confidence, -1)
         surest = confidence.argmax()
         write = where & ((confidence >= sampler.threshold) | (np.arange(len(row)) == surest))
+        if sampler.factor is not None:
+            ranked, left = np.argsort(-confidence, kind="stable"), int(where.sum())
+            passed = 1
+            while passed < left and confidence[ranked[passed]] >= 1 - sampler.factor / (passed + 2):
+                passed += 1
+            write = np.isin(np.arange(len(row)), ranked[: left if passed == left - 1 else passed])
         row = np.where(write, tokens, row)
 
     align = lambda logits: np.concatenate([logits[:1], logits[:-1]]) if shift else logits  # noqa: E731
     for first in range(len(prompt), len(row), sampler.block_length):
         inside = (np.arange(len(row)) >= first) & (np.arange(len(row)) < first + sampler.block_length)
-        out = model.apply(params, jnp.asarray(row[None]), collect=sites)
+        out = read(jnp.asarray(row), ())
         passes += 1
         commit(align(np.asarray(out.logits[0])), (np.arange(len(row)) == first) if shift else inside & (row == 3))
         frozen = tuple(
@@ -137,16 +144,16 @@ def reference_dual(model, params, prompt, sampler, shift):
             for name in "kv" for layer in range(model.config.n_layers)
         )  # fmt: skip
         while (inside & (row == 3)).any():
-            logits = np.asarray(model.apply(params, jnp.asarray(row[None]), edits=frozen).logits[0])
+            logits = np.asarray(read(jnp.asarray(row), frozen).logits[0])
             passes += 1
             commit(align(logits), inside & (row == 3))
     return row, passes
 
 
-@pytest.mark.parametrize("shift", [False, True])
-def test_dual_cache_is_the_published_approximation(tiny, shift):
+@pytest.mark.parametrize("shift, factor", [(False, 1.2), (True, None)])
+def test_dual_cache_is_the_published_approximation(tiny, shift, factor):
     model, params = tiny.network("bidirectional", shift=shift, seed=1)
-    sampler = ParallelSampler(12, 4, threshold=0.5, cache="dual")
+    sampler = ParallelSampler(12, 4, threshold=0.5, factor=factor, cache="dual")
     prompt = tiny.prompts(4, 6, seed=2)
     trace = generate(model, params, prompt, sampler)
     exact = generate(model, params, prompt, dataclasses.replace(sampler, cache="none"))
@@ -265,3 +272,50 @@ def test_an_autoregressive_step_does_not_copy_the_cache(tiny):
     program = _loop.lower(model, ARSampler(504, stop_ids=()), Collect(()), 8, False, params, tokens, key, None, ())
     keys = 4 * 2 * 512 * config.n_kv_heads * config.head_dim * 4
     assert 2 <= program.compile().memory_analysis().temp_size_in_bytes / keys < 4
+
+
+def test_stops_with_a_cache(tiny):
+    """Rows of different lengths, two tokens that end them: what is written and collected before is as it is without an end."""
+    model, params = tiny.network("causal")
+    prompt, keep = tiny.prompts(3, 6), jnp.arange(6)[None] >= jnp.array([[0], [3], [5]])
+    run = lambda stops: generate(  # noqa: E731
+        model, params, prompt, ARSampler(9, stop_ids=stops), attention_mask=keep, collect=("z@1", "resid_post@0")
+    )
+    plain = run(())
+    said = np.asarray(plain.tokens)[:, 6:]
+    stops = (int(said[0, 5]), int(said[1, 2]))
+    trace = run(stops)
+    hits = np.isin(said, stops)
+    length = np.where(hits.any(axis=1), hits.argmax(axis=1) + 1, 9)
+    assert len(set(length)) > 1
+    written = np.arange(9) < length[:, None]
+    np.testing.assert_array_equal(trace.tokens[:, 6:], np.where(written, said, 2))
+    np.testing.assert_array_equal(trace.commit_step[:, 6:], np.where(written, np.arange(9), 9))
+    ran = int(trace.forwards)
+    assert ran == length.max()
+    for name, layer in (("z", 1), ("resid_post", 0)):
+        tap, whole = np.asarray(trace.taps[name][layer]), np.asarray(plain.taps[name][layer])
+        assert tap[:ran].any(axis=tuple(range(1, tap.ndim))).all() and not tap[ran:].any()
+        for row, end in enumerate(length):
+            np.testing.assert_allclose(tap[:end, row], whole[:end, row], atol=2e-5)
+
+
+@pytest.mark.parametrize("cache, attention", [("dual", "bidirectional"), ("blocks", "block_causal")])
+def test_temperature_with_a_cache(tiny, cache, attention):
+    model, params = tiny.network(attention, shift=True, block_length=4 if cache == "blocks" else None)
+    sampler = ParallelSampler(8, 4, 0.5, temperature=0.8, steps=24, cache=cache)
+    draw = lambda seed: np.asarray(generate(model, params, tiny.prompts(3, 5), sampler, key=jax.random.key(seed)).tokens)  # noqa: E731
+    first = draw(0)
+    np.testing.assert_array_equal(first, draw(0))
+    assert (first != 3).all() and (first != draw(1)).any()
+
+
+def test_a_block_cache_under_jit(tiny):
+    """A traced prompt may hold masks: those before the block in which it ends are left alone, and hold nothing back."""
+    model, params = tiny.network("block_causal", shift=False, block_length=4)
+    sampler, prompt = ParallelSampler(6, 4, 0.5, cache="blocks"), tiny.prompts(2, 6)
+    jitted = jax.jit(lambda prompt: generate(model, params, prompt, sampler))
+    eager = generate(model, params, prompt, sampler)
+    np.testing.assert_array_equal(jitted(prompt).history, eager.history)
+    tokens = np.asarray(jitted(prompt.at[0, 1].set(3).at[1, 5].set(3)).tokens)
+    assert tokens[0, 1] == 3 and (np.delete(tokens.reshape(-1), 1) != 3).all()

@@ -186,6 +186,17 @@ def test_generate_can_be_jitted(stubs):
     jax.tree.map(np.testing.assert_array_equal, jitted, generate(model, model.params, PROMPT, sampler))
 
 
+def test_a_transformer_under_jit():
+    """There the prompt may hold masks; at temperature 0, where nothing is drawn, it makes no difference."""
+    model, params = _transformer("llada")
+    sampler = LLaDASampler(4, 8, 4)
+    jitted = jax.jit(lambda params, prompt: generate(model, params, prompt, sampler))(params, PROMPT)
+    eager = generate(model, params, PROMPT, sampler)
+    np.testing.assert_array_equal(jitted.history, eager.history)
+    np.testing.assert_array_equal(jitted.commit_step, eager.commit_step)
+    np.testing.assert_allclose(jitted.confidence, eager.confidence, atol=2e-5)
+
+
 def test_same_key_same_text(stubs):
     model, sampler = stubs.dream, DreamSampler(4, 8, "entropy", temperature=1.0)
     draw = lambda seed: np.asarray(generate(model, model.params, PROMPT, sampler, key=jax.random.key(seed)).tokens)  # noqa: E731

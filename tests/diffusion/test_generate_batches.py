@@ -8,6 +8,7 @@ import pytest
 from dlmscope_jax.diffusion import (
     ARSampler,
     Collect,
+    DiffuGPTSampler,
     DreamSampler,
     LLaDASampler,
     MDLMSampler,
@@ -24,6 +25,7 @@ MODELS = {
     "dream": ("bidirectional", True, {}),
     "gpt2": ("causal", None, GPT2),
     "diffugpt": ("bidirectional", True, GPT2),
+    "mdlm": ("bidirectional", False, GPT2),
     "sdar": ("block_causal", False, {"block_length": 4}),
     "fast_dllm_v2": ("block_causal", True, {"block_length": 4}),
 }
@@ -47,6 +49,7 @@ def network(tiny):
         ("dream", ParallelSampler(8, 4, factor=1.2)),
         ("gpt2", ARSampler(6)),
         ("diffugpt", DreamSampler(6, 8, "entropy")),
+        ("diffugpt", ParallelSampler(8, 4, factor=1.2, cache="dual")),
         ("sdar", ParallelSampler(8, 4, threshold=0.5)),
         ("fast_dllm_v2", ParallelSampler(8, 2, threshold=0.5)),
     ],
@@ -61,6 +64,20 @@ def test_padded_rows_equal_rows_alone(network, family, sampler):
     np.testing.assert_array_equal(together.history[:, 1, 3:], alone.history[:, 0])
     np.testing.assert_array_equal(together.commit_step[1, 3:], alone.commit_step[0])
     np.testing.assert_allclose(together.confidence[1, 3:], alone.confidence[0], atol=2e-5)
+
+
+@pytest.mark.parametrize("family, sampler", [("mdlm", MDLMSampler(4, 8)), ("diffugpt", DiffuGPTSampler(4, 8))], ids=["mdlm", "diffugpt"])
+def test_more_padding_changes_nothing(network, family, sampler):
+    """For samplers that draw: the draws are those of as many rows and new tokens, however far the prompts are padded."""
+    model, params = network(family)
+    keep = jnp.arange(6)[None] >= jnp.array([[0], [3], [5]])
+    narrow = generate(model, params, jnp.where(keep, PROMPT, 2), sampler, key=jax.random.key(4), attention_mask=keep)
+    wide = lambda a, fill: jnp.pad(a, ((0, 0), (2, 0)), constant_values=fill)  # noqa: E731
+    trace = generate(model, params, wide(jnp.where(keep, PROMPT, 2), 7), sampler, key=jax.random.key(4), attention_mask=wide(keep, False))
+    np.testing.assert_array_equal(trace.history[:, :, 2:], narrow.history)
+    np.testing.assert_array_equal(trace.commit_step[:, 2:], narrow.commit_step)
+    np.testing.assert_allclose(trace.confidence[:, 2:], narrow.confidence, atol=2e-5)
+    assert not (trace.tokens[:, 8:] == 3).any()
 
 
 def test_llada_counts_padding(network):
