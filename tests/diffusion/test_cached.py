@@ -37,8 +37,9 @@ def test_autoregressive_cache_is_exact(tiny, monkeypatch, padded, positions):
         Edit("add", "resid_mid@1", jax.random.normal(jax.random.key(2), (16, 16))),  # a value per token
         Edit("add", "v@0", jax.random.normal(jax.random.key(3), (16, 1, 4))),  # and of the one head that keys and values have
     )
-    sampler = ARSampler(9, stop_ids=())
-    run = lambda: generate(model, params, prompt, sampler, attention_mask=keep, edits=edits, collect=("q@1", "attn_pattern@0"))  # noqa: E731
+    sampler, layer = ARSampler(9, stop_ids=()), int(padded)  # layers past the last that is collected are read all the same
+    sites = (f"q@{layer}", "attn_pattern@0")
+    run = lambda: generate(model, params, prompt, sampler, attention_mask=keep, edits=edits, collect=sites)  # noqa: E731
     cached = run()
     whole(monkeypatch)
     _loop.clear_cache()
@@ -48,7 +49,7 @@ def test_autoregressive_cache_is_exact(tiny, monkeypatch, padded, positions):
     for s in range(9):  # the activations of what was known at the step
         known = np.arange(16)[None] < 7 + s
         known = np.broadcast_to(known, (5, 16)) & (np.arange(16)[None] >= (0 if keep is None else np.asarray(keep).argmax(1)[:, None]))
-        np.testing.assert_allclose(cached.taps["q"][1][s][known], plain.taps["q"][1][s][known], atol=2e-5)
+        np.testing.assert_allclose(cached.taps["q"][layer][s][known], plain.taps["q"][layer][s][known], atol=2e-5)
         last = 6 + s
         np.testing.assert_allclose(cached.taps["attn_pattern"][0][s][:, :, last], plain.taps["attn_pattern"][0][s][:, :, last], atol=2e-5)
 
@@ -183,12 +184,14 @@ def test_dual_cache_without_anything_outside_the_block_is_exact(tiny):
     np.testing.assert_allclose(plain.taps["z"][1], dual.taps["z"][1], atol=2e-5)
 
 
-def test_a_block_cache_without_a_prompt(tiny):
+@pytest.mark.parametrize("given", [0, 3])
+def test_a_block_cache_without_a_block_to_begin_with(tiny, given):
     model, params = tiny.network("block_causal", shift=False, block_length=4, positions="learned")
-    plain, cached = (
-        generate(model, params, jnp.zeros((2, 0), jnp.int32), ParallelSampler(10, 4, 0.5, cache=c)) for c in ("none", "blocks")
-    )
+    prompt, sampler = tiny.prompts(2, given), ParallelSampler(10, 4, 0.5)
+    plain = generate(model, params, prompt, sampler)
+    cached = generate(model, params, prompt, dataclasses.replace(sampler, cache="blocks"), collect=("resid_post@0",))
     np.testing.assert_array_equal(plain.tokens, cached.tokens)
+    assert not np.asarray(cached.taps["resid_post"][0][0, :, 4:]).any()  # nothing is read past the first block
 
 
 def test_one_program_for_all_prompts_and_edits(tiny):
