@@ -26,7 +26,12 @@ class Constant:
         self.config = ModelConfig("constant", VOCAB, 8, 1, 1, 1, 8, 8, 1e-5, 1e4, 64, "causal" if causal else "bidirectional")
         self.scale = np.ones(64, np.float32) if scale is None else scale
 
-    def apply(self, params, tokens, logits=True, **_):
+    def init_cache(self, batch, length):
+        return ()
+
+    def apply(self, params, tokens, logits=True, start=None, **_):
+        if logits is True:  # one token beside a cache
+            logits = start[:, None]
         return ModelOutput(logits=jnp.asarray(self.scale)[logits][..., None] * jnp.asarray(LOGITS), taps={})
 
 
