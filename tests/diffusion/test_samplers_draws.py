@@ -29,10 +29,10 @@ class Constant:
     def init_cache(self, batch, length):
         return ()
 
-    def apply(self, params, tokens, logits=True, start=None, **_):
+    def apply(self, params, tokens, logits=True, cache=None, start=None, **_):
         if logits is True:  # one token beside a cache
             logits = start[:, None]
-        return ModelOutput(logits=jnp.asarray(self.scale)[logits][..., None] * jnp.asarray(LOGITS), taps={})
+        return ModelOutput(logits=jnp.asarray(self.scale)[logits][..., None] * jnp.asarray(LOGITS), taps={}, cache=cache)
 
 
 def softmax(x):
