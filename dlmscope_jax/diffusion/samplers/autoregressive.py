@@ -21,8 +21,9 @@ class ARSampler(Sampler):
       temperature: divides the logits before sampling; 0 takes the most probable token.
       top_p: nucleus of tokens to sample from, after ``top_k`` (the order of ``transformers``); None for all.
       top_k: number of tokens to sample from; None for all.
-      stop_ids: tokens after which a row is complete; None for the model's ``eos_id`` if it has one, () to go on. What
-        would follow is the padding token, its ``commit_step`` S.
+      stop_ids: tokens after which a row is complete; None for the model's ``eos_id`` if it has one (the first, where its
+        ``config.json`` lists several: a chat model may need the others named), () to go on. What would follow is the
+        padding token, its ``commit_step`` S.
 
     ``confidence`` is the model's own probability of the chosen token, before temperature and filters. The key of a step
     draws the Gumbels.
