@@ -152,7 +152,7 @@ def edit_at(edit: Edit, columns: Int[Array, "B W"], text: Text) -> Edit:
     """
     mask = None if edit.mask is None else _cut(edit.mask, columns, 0)
     value, behind = edit.value, entries(edit, text.model.config)
-    if edit.site == "attn_pattern" and getattr(value, "shape", ()):
+    if edit.site == "attn_pattern" and isinstance(value, jax.Array) and value.ndim:
         raise UserError("edit of attn_pattern with an array as value: generate reads the whole text for that, with cache='none'")
     if isinstance(value, jax.Array):
         value = _cut(value, columns, behind)

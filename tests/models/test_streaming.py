@@ -246,6 +246,7 @@ MESHES = """
 
     def saved(name, folder):
         config, diffusion = TINY[name]
+        diffusion = diffusion and dataclasses.replace(diffusion, mask_id=95)
         model = Transformer(dataclasses.replace(config, vocab_size=96), diffusion)
         random = np.random.default_rng(0)
         shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))

@@ -86,7 +86,7 @@ class Keys:
             raise UserError(f"{self.where}: {name} is {value!r}, which is not {_KINDS[int]}")
         return value
 
-    def ids(self) -> dict[str, int | None]:
+    def ids(self) -> dict[str, Any]:
         """The special tokens, as fields of ``ModelConfig``."""
         return {f"{name}_id": self.token(f"{name}_token_id") for name in ("bos", "eos", "pad")}
 
