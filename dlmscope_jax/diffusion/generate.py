@@ -18,8 +18,9 @@ from dlmscope_jax.models.edits import Edit, InDictionary, check_edits
 from dlmscope_jax.models.sites import parse_site
 
 from .objectives import predicts_next
-from .readers import Text, entries, reader_of
+from .readers import reader_of
 from .samplers import ARSampler, ParallelSampler, Sampler
+from .text import Text, entries
 from .trace import Collect, Progress, Trace
 
 
