@@ -23,6 +23,7 @@ POCKET = ("pocket-dlm", "pocket-ar", "pocket-dream")
 _PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab*", "merges*", "special_tokens*"]
 _REQUEST = 2 << 20  # bytes a remote request asks for,
 _REQUESTS = 8  # and how many are under way at once
+_PATIENCE = 60  # seconds to wait for an answer: the client itself tries for many minutes
 
 
 def resolve_folder(name: str | os.PathLike) -> Path | str:
@@ -129,20 +130,20 @@ class RemoteFolder:
 
         self.where, self.bytes_read = where, 0
         try:
-            self._store = ts.KvStore.open(where + "/", context=context()).result()
+            self._store = ts.KvStore.open(where + "/", context=context()).result(timeout=_PATIENCE)
         except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
             raise UserError(f"model {where!r} is not a URL that can be opened: {_reason(error)}") from error
 
     def names(self) -> list[str]:
         """The names of its files."""
         with _requests(self.where):
-            keys = self._store.list().result()
+            keys = self._store.list().result(timeout=_PATIENCE)
         return sorted(key.decode() for key in keys if b"/" not in key)
 
     def read(self, name: str) -> bytes | None:
         """All of a small file; None where there is none."""
         with _requests(f"{self.where}/{name}"):
-            found = self._store.read(name).result()
+            found = self._store.read(name).result(timeout=_PATIENCE)
         self.bytes_read += len(found.value)
         return None if found.state == "missing" else found.value
 
@@ -150,7 +151,7 @@ class RemoteFolder:
         """Whether a file exists and has at least ``stop`` bytes; asks for the last of them."""
         with _requests(f"{self.where}/{name}"):
             try:
-                found = self._store.read(name, byte_range=slice(stop - 1, stop)).result()
+                found = self._store.read(name, byte_range=slice(stop - 1, stop)).result(timeout=_PATIENCE)
             except ValueError as error:
                 if "OUT_OF_RANGE" in str(error):
                     return False
@@ -171,7 +172,7 @@ class RemoteFolder:
                 self._take(view, *under_way.popleft())
 
     def _take(self, view: memoryview, at: int, stop: int, answer: "ts.Future") -> None:
-        value = answer.result().value
+        value = answer.result(timeout=_PATIENCE).value
         if len(value) != stop - at:
             raise ValueError(f"{len(value)} bytes came back of {stop - at}")
         view[at:stop] = value
@@ -186,6 +187,8 @@ def _requests(what: str) -> Iterator[None]:
     """Turns what a request raises into one line that names the file."""
     try:
         yield
+    except TimeoutError as error:
+        raise UserError(f"{what} cannot be read: no answer within {_PATIENCE} seconds; are network and credentials there?") from error
     except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
         raise UserError(f"{what} cannot be read: {_reason(error)}") from error
 

@@ -508,3 +508,21 @@ def test_loading_takes_little_memory(tmp_path, sizes, dtype, beyond):
     assert 0 < found["over"] < wanted["largest"] + (beyond << 20), (
         f"{found['over'] / 2**20:.0f} MB, {wanted['largest'] / 2**20:.0f} MB the largest"
     )
+
+
+def test_a_bucket_that_does_not_answer_is_named(monkeypatch):
+    from dlmscope_jax.models import folders
+
+    promises = []
+
+    class Silent:
+        def read(self, name, **options):
+            promise, future = ts.Promise.new()
+            promises.append(promise)
+            return future
+
+    folder = folders.RemoteFolder("memory://silent/model")
+    monkeypatch.setattr(folder, "_store", Silent())
+    monkeypatch.setattr(folders, "_PATIENCE", 0.05)
+    with pytest.raises(UserError, match=r"memory://silent/model/config.json cannot be read: no answer within 0.05 seconds"):
+        folder.read("config.json")
