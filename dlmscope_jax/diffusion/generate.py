@@ -196,7 +196,10 @@ def _check_values(model: Any, prompt: Array, attention_mask: Array | None) -> bo
     if attention_mask is not None and attention_mask.size:
         real = np.asarray(attention_mask)
         if (real[:, 1:] < real[:, :-1]).any() or not real[:, -1].all():
-            raise UserError("generate: prompts are padded on the left: each row of attention_mask must be False first, then True")
+            raise UserError(
+                "generate: prompts are padded on the left: each row of attention_mask must be False first, then True "
+                "(encode does so after dataclasses.replace(tokenizer, padding_side='left'))"
+            )
     if model.diffusion is None:
         return False
     masks = values == model.diffusion.mask_id
