@@ -322,3 +322,10 @@ def test_a_block_cache_under_jit(tiny):
     np.testing.assert_array_equal(jitted(prompt).history, eager.history)
     tokens = np.asarray(jitted(prompt.at[0, 1].set(3).at[1, 5].set(3)).tokens)
     assert tokens[0, 1] == 3 and (np.delete(tokens.reshape(-1), 1) != 3).all()
+
+
+def test_more_text_than_the_context_is_named(tiny):
+    """With a cache no single pass is too long: the whole has to be."""
+    model, params = tiny.network("causal", positions="learned")
+    with pytest.raises(UserError, match="more than this model's context of 64"):
+        generate(model, params, tiny.prompts(1, 60), ARSampler(5, stop_ids=()))
