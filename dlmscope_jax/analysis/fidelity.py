@@ -113,7 +113,7 @@ def _add(
     states = {name: state.add(x, output, codes, rate, position, valid[name]) for name, state in states.items()}
     product = jnp.linalg.norm(x, axis=1) * jnp.linalg.norm(output, axis=1)
     cosine = jnp.where(product > 0, (x * output).sum(axis=1) / jnp.where(product > 0, product, 1.0), 0.0)
-    return states, (jnp.square(x - output).sum(axis=1), (codes.values > 0).sum(axis=-1), cosine)
+    return states, (jnp.square(x - output).sum(axis=1), codes.count(), cosine)
 
 
 class _ByDocument:

@@ -1,16 +1,34 @@
 """Dictionaries: static descriptions with pure functions on parameters, their fidelity, their files."""
 
-from .codes import Dense, RowSparse
+from .base import Dictionary
+from .batch_topk import BatchTopK
+from .binary import Binary
+from .codes import Codes, Dense, FlatSparse, RowSparse
+from .gated import Gated
+from .jumprelu import JumpReLU
 from .load import load_dictionary, save_dictionary
+from .losses import LossParts, LossSettings
+from .matryoshka import Matryoshka
 from .meta import DictionaryMeta
 from .metrics import StreamingFidelity
+from .relu import ReLU
 from .rows import geometric_median, project_gradient, renormalise, unit_rows
-from .topk import LossParts, TopK
+from .topk import TopK
 
 __all__ = [
+    "BatchTopK",
+    "Binary",
+    "Codes",
     "Dense",
+    "Dictionary",
     "DictionaryMeta",
+    "FlatSparse",
+    "Gated",
+    "JumpReLU",
     "LossParts",
+    "LossSettings",
+    "Matryoshka",
+    "ReLU",
     "RowSparse",
     "StreamingFidelity",
     "TopK",

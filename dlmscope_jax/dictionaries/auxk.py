@@ -24,20 +24,20 @@ def auxiliary_error(
     residual: Float[Array, "B D_out"],
     dead: Bool[Array, " N"],
     k_aux: int,
-    subtract: bool,
+    shift_name: str | None,
 ) -> Float[Array, ""]:
     """``sum |e - e_hat|^2 / sum |e - mean(e)|^2`` for the dead latents' reconstruction e_hat of the residual e.
 
     Args:
-      params: the dictionary's parameters; gradients reach ``W_enc``, ``b_enc``, ``W_dec`` and (autoencoder) ``b_dec``.
+      params: the dictionary's parameters; gradients reach ``W_enc``, ``b_enc``, ``W_dec`` and the bias that is subtracted.
       residual: what is left over, without gradient.
       k_aux: how many dead latents a row uses.
-      subtract: whether the encoder subtracts ``b_dec``.
+      shift_name: the parameter that the encoder subtracts, ``"b_dec"`` in an autoencoder; None: nothing.
 
     Returns:
       0 when no latent is dead or the residual does not vary.
     """
-    shift = params["b_dec"] if subtract else None
+    shift = None if shift_name is None else params[shift_name]
     variation = jnp.square(residual - residual.mean(axis=0)).sum()
 
     def relative(estimate):
@@ -59,3 +59,8 @@ def auxiliary_error(
     n_dead = dead.sum(dtype=jnp.int32)
     case = (n_dead > 0).astype(jnp.int32) + (n_dead > k_aux).astype(jnp.int32)
     return jax.lax.switch(case, (lambda: jnp.float32(0), few, many))
+
+
+def share(dead: Bool[Array, " N"], k_aux: int) -> Float[Array, ""]:
+    """``min(1, n_dead / k_aux)``: with few dead latents the auxiliary loss counts less."""
+    return jnp.minimum(1.0, dead.sum(dtype=jnp.int32).astype(jnp.float32) / k_aux)

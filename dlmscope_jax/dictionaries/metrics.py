@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dlmscope_jax.errors import UserError
 
-from .codes import Dense, RowSparse
+from .codes import Codes
 
 _RATE_EDGES = tuple(round(0.1 * i, 1) for i in range(11))
 _NORM_LOG10, _NORM_PER_DECADE = (-4.0, 8.0), 32
@@ -159,7 +159,7 @@ class StreamingFidelity:
         self,
         target: Float[Array, "B D_out"],
         output: Float[Array, "B D_out"],
-        codes: RowSparse | Dense | None = None,
+        codes: Codes | None = None,
         rate: Float[Array, " B"] | None = None,
         position: Int[Array, " B"] | None = None,
         valid: Bool[Array, " B"] | None = None,
@@ -294,16 +294,12 @@ def _log_bin(value: Array, log10: tuple[float, float], per_decade: int) -> Array
     return jnp.clip(jnp.nan_to_num(place), 0, _bins(log10, per_decade) - 1).astype(jnp.int32)
 
 
-def _activity(codes: RowSparse | Dense | None, valid: Array, width: int) -> tuple[Array, Array]:
+def _activity(codes: Codes | None, valid: Array, width: int) -> tuple[Array, Array]:
     """Summed number of active latents over the batch (float32) and rows in which each latent fired [N]."""
     if codes is None:
         return jnp.float32(0), jnp.zeros(width, jnp.int32)
-    on = ((codes.values > 0) & valid[:, None]).astype(jnp.int32)
-    if isinstance(codes, Dense):
-        fired = on.sum(axis=0, dtype=jnp.int32)
-    else:
-        fired = jnp.zeros(width, jnp.int32).at[codes.indices.reshape(-1)].add(on.reshape(-1))
-    return on.sum().astype(jnp.float32), fired
+    active = jnp.where(valid, codes.count(), 0)
+    return active.sum().astype(jnp.float32), codes.fired(width, valid)
 
 
 def _explained(n, error, square, first) -> float | None:

@@ -1,4 +1,4 @@
-"""Pure functions on parameters that a training step needs around the gradient: unit decoder rows, a robust centre.
+"""Pure functions on rows and on decoder rows: per-row normalisation, unit decoder rows, a robust centre.
 
 A decoder row and its activation can trade scale freely. Unit rows fix the trade, which makes activations comparable
 between latents; removing the radial part of the gradient keeps Adam's moments from chasing a direction that the
@@ -49,3 +49,20 @@ def geometric_median(sample: Float[Array, "S D"], iterations: int = 100) -> Floa
         return (i < iterations) & moving
 
     return jax.lax.while_loop(unfinished, step, (0, sample.mean(axis=0), True))[1]
+
+
+def normalise(x: Float[Array, "B D"], kind: str) -> tuple[Float[Array, "B D"], Float[Array, "B 1"], Float[Array, "B 1"]]:
+    """``(normalised rows, scale, offset)``; ``normalised * scale + offset`` undoes it as the library that defined it does.
+
+    ``"layer_norm"``: mean off, divided by unbiased standard deviation + 1e-5; its scale is the deviation without the 1e-5 (OpenAI,
+    SAELens). ``"unit_rms"``: norm sqrt(D) (SAELens' constant_norm_rescale); a zero row stays zero. ``"none"``: scale 1, offset 0.
+    """
+    if kind == "none":
+        return x, jnp.ones((x.shape[0], 1), x.dtype), jnp.zeros((x.shape[0], 1), x.dtype)
+    if kind == "unit_rms":
+        scale = jnp.linalg.norm(x, axis=1, keepdims=True) * x.shape[1] ** -0.5
+        scale = jnp.where(scale > 0, scale, 1.0)
+        return x / scale, scale, jnp.zeros_like(scale)
+    offset = x.mean(axis=1, keepdims=True)
+    scale = jnp.std(x, axis=1, keepdims=True, ddof=1)
+    return (x - offset) / (scale + 1e-5), scale, offset

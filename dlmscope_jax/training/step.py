@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dlmscope_jax.dictionaries import LossSettings
+
 from .spec import TrainSpec
 from .state import TrainState, make_optimizer
 
@@ -52,14 +54,16 @@ def _step(spec: TrainSpec, state: TrainState, batch: Float[Array, "B D"]) -> tup
     dead = state.rows_since_fired >= spec.dead_rows_used
 
     differentiate = jax.value_and_grad(dictionary.loss, has_aux=True)
-    (loss, parts), gradients = differentiate(state.params, x, dead=dead, aux_alpha=spec.aux_alpha)
+    (loss, parts), gradients = differentiate(
+        state.params, x, dead=dead if spec.aux_alpha else None, settings=LossSettings(aux=spec.aux_alpha)
+    )
     gradients = dictionary.project_gradient(state.params, gradients)
     norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(gradients)))
     gradients = jax.tree.map(lambda g: g * jnp.minimum(1.0, spec.clip / norm), gradients)
 
     updates, opt_state = make_optimizer(spec).update(gradients, state.opt_state)
     rate = learning_rate(spec, state.step)
-    params = dictionary.renormalise(jax.tree.map(lambda p, u: p - rate * u, state.params, updates))
+    params = dictionary.constrain(jax.tree.map(lambda p, u: p - rate * u, state.params, updates))
     since = jnp.where(parts.fired > 0, 0, jnp.minimum(state.rows_since_fired + n_rows, _LONG))
 
     good = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -75,11 +79,11 @@ def _step(spec: TrainSpec, state: TrainState, batch: Float[Array, "B D"]) -> tup
         input_scale=state.input_scale,
         skipped=state.skipped + bad,
     )
-    per_row = {"loss": loss, "reconstruction": parts.reconstruction, "l0": parts.l0}
+    per_row = {"loss": loss, "reconstruction": parts.terms["reconstruction"], "l0": parts.l0}
     per_step = {
-        "aux": parts.aux,
+        "aux": parts.measured.get("aux", jnp.float32(0)),
         "explained_variance": parts.explained_variance,
-        "dead": parts.n_dead / dictionary.width,
+        "dead": dead.mean(dtype=jnp.float32),
         "grad_norm": norm,
         "learning_rate": rate,
     }

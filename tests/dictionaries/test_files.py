@@ -124,7 +124,7 @@ def edited(folder, change):
         (lambda c: c.update(extra=1), "unknown key 'extra'"),
         (lambda c: c.pop("meta"), "missing key 'meta'"),
         (lambda c: c.update(version=2), "version 2"),
-        (lambda c: c.update(kind="jumprelu"), "kind 'jumprelu'"),
+        (lambda c: c.update(kind="softmax"), "kind 'softmax'"),
         (lambda c: c["dictionary"].update(wdith=3), "wdith: no such field; did you mean 'width'"),
         (lambda c: c["dictionary"].update(k=99), "k = 99 is more than the 20 latents"),
         (lambda c: c["dictionary"].update(width=21), r"W_enc is \[20, 6\], should be \[21, 6\]; W_dec is"),

@@ -15,13 +15,19 @@ import numpy as np
 from dlmscope_jax.config import from_mapping, to_mapping
 from dlmscope_jax.errors import UserError
 
+from ..batch_topk import BatchTopK
+from ..binary import Binary
 from ..files import sha256, write_whole
+from ..gated import Gated
+from ..jumprelu import JumpReLU
+from ..matryoshka import Matryoshka
 from ..meta import DictionaryMeta, meta_from_mapping, meta_to_mapping
+from ..relu import ReLU
 from ..topk import TopK
 
 FORMAT, VERSION = "dlmscope", 1
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"
-KINDS = {"topk": TopK}
+KINDS = {kind.KIND: kind for kind in (TopK, BatchTopK, Matryoshka, JumpReLU, ReLU, Gated, Binary)}
 _KEYS = {"format", "version", "kind", "dictionary", "meta", "sha256"}
 
 

@@ -1,0 +1,51 @@
+"""Matryoshka BatchTopK dictionaries: every prefix of the latents must reconstruct on its own, so that early ones stay general.
+
+loss = mean_g |x - (b_dec + sum_{i < n_g} f_i W_dec,i)|^2 + AuxK       (Bussmann et al. 2025, arXiv 2503.17547)
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dlmscope_jax.errors import UserError
+
+from .base import RowNorm
+from .batch_topk import BatchTopK
+
+
+@dataclass(frozen=True)
+class Matryoshka(BatchTopK):
+    """A BatchTopK dictionary whose loss is taken over nested prefixes; its encoder and its files are those of ``BatchTopK``.
+
+    Attributes:
+      prefixes: ascending numbers of latents, the last one ``width``; empty: about 1/32, 3/32, 7/32, 15/32 and 1 of the width (the
+        paper's nesting).
+
+    Raises:
+      UserError: what ``BatchTopK`` raises; prefixes that do not ascend to ``width``.
+    """
+
+    d_in: int
+    width: int
+    k: int
+    d_out: int | None = None
+    skip: bool = False
+    k_aux: int | None = None
+    prefixes: tuple[int, ...] = ()
+    input_bias: bool = False
+    subtract: bool = True
+    row_norm: RowNorm = "none"
+
+    KIND: ClassVar[str] = "matryoshka"
+
+    def __post_init__(self):
+        super().__post_init__()
+        nested = self.nested
+        if any(b <= a for a, b in zip((0, *nested), nested, strict=False)) or nested[-1] != self.width:
+            raise UserError(f"Matryoshka: prefixes {list(self.prefixes)} must ascend to the width {self.width}")
+
+    @property
+    def nested(self) -> tuple[int, ...]:
+        """The prefixes as they apply."""
+        if self.prefixes:
+            return tuple(self.prefixes)
+        return tuple(sorted({max(1, self.width * part // 32) for part in (1, 3, 7, 15, 32)}))

@@ -1,0 +1,57 @@
+"""ReLU dictionaries with an L1 penalty: the classic sparse autoencoder, and the transcoder paper's recipe.
+
+f = ReLU(W_enc (x - shift) + b_enc),   y = W_dec f + b_dec,   loss = error + lambda * mean_b sum_i f_i (|W_dec,i|)
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import jax
+from jaxtyping import Array, Float
+
+from dlmscope_jax.errors import UserError
+
+from .base import Dictionary, RowNorm
+from .codes import Dense
+
+
+@dataclass(frozen=True)
+class ReLU(Dictionary):
+    """The static description of a ReLU dictionary; see ``Dictionary`` for its parameters and common fields.
+
+    Attributes:
+      d_in, width, d_out, skip, input_bias, subtract, row_norm: see ``Dictionary``.
+      norm_weighted: the penalty weighs each activation by the norm of its decoder row, which is then free (Anthropic, April
+        2024); False: rows are held at unit norm.
+      error: ``"squared"`` (summed over the width) or ``"over_norm"`` (the transcoder paper's code).
+      ghost: adds ghost gradients for dead latents, where ``dead`` is given.
+
+    Raises:
+      UserError: sizes that are not positive, a skip without ``d_out``, an error that is not known.
+    """
+
+    d_in: int
+    width: int
+    d_out: int | None = None
+    skip: bool = False
+    norm_weighted: bool = False
+    error: Literal["squared", "over_norm"] = "squared"
+    ghost: bool = False
+    input_bias: bool = False
+    subtract: bool = True
+    row_norm: RowNorm = "none"
+
+    KIND: ClassVar[str] = "relu"
+
+    def __post_init__(self):
+        self._check(())
+        if self.error not in ("squared", "over_norm"):
+            raise UserError(f"ReLU: error {self.error!r} is not known: squared or over_norm")
+
+    @property
+    def unit_decoder(self) -> bool:
+        """Whether training holds decoder rows at unit norm."""
+        return not self.norm_weighted
+
+    def _codes(self, params: dict, x: Float[Array, "B D"], train: bool = False) -> Dense:
+        return Dense(jax.nn.relu(self._preactivations(params, x)))
