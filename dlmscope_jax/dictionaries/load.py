@@ -1,6 +1,19 @@
-"""``load_dictionary`` and ``save_dictionary``: one door for every file format."""
+"""``load_dictionary`` and ``save_dictionary``: one door for every file format.
+
+A format is a module of ``formats``:
+
+    FILES                                          names and patterns of its files, relative to the folder: what is asked of the hub
+    recognises(folder, files, config) -> bool      whether it can read what is offered
+    load(folder, files, config) -> (spec, params, meta)
+    save(folder, spec, params, meta)               only where the format is written
+
+``files`` are the names of the files that are offered: those in ``folder``, or the only one that the user named. ``config`` is the parsed
+JSON of ``config.json``, ``cfg.json`` or ``hyperparams.json`` in the folder (of each in turn, where there are several), else None. Parameters
+come out float32 and act on raw rows.
+"""
 
 import json
+import posixpath
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +22,19 @@ from dlmscope_jax.errors import UserError
 from .formats import dictionary_learning, native
 from .meta import DictionaryMeta
 
-FORMATS = {"dlmscope": native, "dictionary_learning": dictionary_learning}
+# Asked in this order; formats that a configuration names come first, those known by their tensors alone last.
+FORMATS: dict[str, Any] = {"dlmscope": native, "dictionary_learning": dictionary_learning}
+CONFIGS = ("config.json", "cfg.json", "hyperparams.json")
+_WEIGHTS = (".safetensors", ".npz", ".pt", ".pkl.gz")
 
 
 def load_dictionary(path: str | Path, subfolder: str | None = None) -> tuple[Any, dict, DictionaryMeta]:
     """Reads a dictionary; the format is recognised by the files that are there.
 
     Args:
-      path: a folder, or the id of a repository on the Hugging Face hub (``owner/name``), the only case that uses the network.
-      subfolder: where in it the dictionary lies, ``"resid_post_layer_10/trainer_1"``.
+      path: a folder, a file of weights, or the id of a repository on the Hugging Face hub (``owner/name``), the only case that uses
+        the network.
+      subfolder: where in it the dictionary lies, ``"resid_post_layer_10/trainer_1"``; may end in the name of a file of weights.
 
     Returns:
       ``(spec, params, meta)``; parameters are float32 and act on raw activations.
@@ -25,18 +42,16 @@ def load_dictionary(path: str | Path, subfolder: str | None = None) -> tuple[Any
     Raises:
       UserError: nothing there, a format that is not known, files that contradict each other or are damaged.
     """
-    folder = _folder(path, subfolder)
-    config_path = folder / "config.json"
-    if not config_path.is_file():
-        raise UserError(f"{folder}: holds no dictionary (no config.json){_suggest(folder)}")
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{config_path}: not JSON: {error}") from None
-    for reader in FORMATS.values():
-        if reader.recognises(folder, config):
-            return reader.load(folder, config)
-    raise UserError(f"{folder}: not a dictionary format that is read; those are {', '.join(FORMATS)}{_suggest(folder)}")
+    folder, files = _offered(path, subfolder)
+    configs = [_json(folder / name) for name in CONFIGS if (folder / name).is_file()]
+    for config in configs or [None]:
+        for reader in FORMATS.values():
+            if reader.recognises(folder, files, config):
+                return reader.load(folder, files, config)
+    what = folder if len(files) != 1 else folder / next(iter(files))
+    if not configs and not any(name.endswith(_WEIGHTS) for name in files):
+        raise UserError(f"{what}: holds no dictionary (no {', '.join(CONFIGS)} and no weights){_suggest(folder)}")
+    raise UserError(f"{what}: not a dictionary format that is read; those are {', '.join(FORMATS)}{_suggest(folder)}")
 
 
 def save_dictionary(path: str | Path, spec: Any, params: dict, meta: DictionaryMeta, format: str = "dlmscope") -> None:
@@ -44,41 +59,60 @@ def save_dictionary(path: str | Path, spec: Any, params: dict, meta: DictionaryM
 
     Args:
       path: the folder; a dictionary that is already there is replaced.
-      format: ``"dlmscope"`` or ``"dictionary_learning"``.
+      format: ``"dlmscope"``, ``"dictionary_learning"``, ... (``formats/README.md`` lists what each can say).
 
     Raises:
       UserError: an unknown format, parameters that do not fit the spec or cannot be said in the format, a full disk.
     """
-    if format not in FORMATS:
-        raise UserError(f"save_dictionary: format {format!r} is not known: one of {', '.join(FORMATS)}")
-    FORMATS[format].save(Path(path), spec, params, meta)
+    writers = {name: module for name, module in FORMATS.items() if hasattr(module, "save")}
+    if format not in writers:
+        raise UserError(f"save_dictionary: format {format!r} is not known: one of {', '.join(writers)}")
+    writers[format].save(Path(path), spec, params, meta)
 
 
-def _folder(path: str | Path, subfolder: str | None) -> Path:
-    if Path(path).exists():
-        folder = Path(path) / (subfolder or "")
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder{_suggest(Path(path))}")
-        return folder
-    owner, slash, name = str(path).partition("/")
-    if not slash or not owner or not name or "/" in name or str(path).startswith((".", "~")):
-        raise UserError(f"{path}: no such folder (and no hub id, which has the form owner/name)")
+def _offered(path: str | Path, subfolder: str | None) -> tuple[Path, frozenset[str]]:
+    """The folder and the names of the files in it that may be read."""
+    at = Path(path) / (subfolder or "") if Path(path).exists() else _from_hub(str(path), (subfolder or "").strip("/"))
+    if at.is_file():
+        return at.parent, frozenset((at.name,))
+    if not at.is_dir():
+        raise UserError(f"{at}: no such folder{_suggest(Path(path))}")
+    return at, frozenset(entry.name for entry in at.iterdir() if entry.is_file())
+
+
+def _from_hub(name: str, subfolder: str) -> Path:
+    """Where the files of known formats in one folder of a repository lie, after they have been fetched."""
+    owner, slash, rest = name.partition("/")
+    if not slash or not owner or not rest or "/" in rest or name.startswith((".", "~")):
+        raise UserError(f"{name}: no such folder (and no hub id, which has the form owner/name)")
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    wanted = [prefix + file for file in ("config.json", native.WEIGHTS, dictionary_learning.WEIGHTS)]
+    patterns = {*CONFIGS, *(pattern for reader in FORMATS.values() for pattern in reader.FILES)}
+    folder, wanted = subfolder, []
+    if subfolder.endswith(_WEIGHTS):  # that file, and what describes it
+        folder, wanted = posixpath.dirname(subfolder), [subfolder]
+        patterns = {pattern for pattern in patterns if pattern.endswith((".json", ".yaml"))}
+    wanted += sorted(posixpath.normpath(posixpath.join(folder, pattern)) for pattern in patterns)
     try:
-        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=wanted)) / prefix
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=[w for w in wanted if not w.startswith("..")])) / subfolder
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()
-        raise UserError(f"{path}: no such folder, and the hub did not give it: {reason[0] if reason else type(error).__name__}") from None
+        raise UserError(f"{name}: no such folder, and the hub did not give it: {reason[0] if reason else type(error).__name__}") from None
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
 
 
 def _suggest(folder: Path) -> str:
     """The dictionaries below a folder, for somebody who named the folder above them."""
     if not folder.is_dir():
         return ""
-    found = sorted(str(p.parent.relative_to(folder)) for pattern in ("*/config.json", "*/*/config.json") for p in folder.glob(pattern))
+    patterns = [f"{depth}{name}" for depth in ("*/", "*/*/") for name in CONFIGS]
+    found = sorted({str(p.parent.relative_to(folder)) for pattern in patterns for p in folder.glob(pattern)})
     shown = ", ".join(found[:6]) + (f" and {len(found) - 6} more" if len(found) > 6 else "")
     return f"; give one of its subfolders: {shown}" if found else ""

@@ -30,18 +30,19 @@ from .native import check_shapes
 from .torch_pickle import LazyTensor, TorchFile
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
+FILES = (CONFIG, WEIGHTS)
 _TENSORS = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec", "b_dec": "b_dec"}
 _SCALARS = ("k", "threshold")
 _SITE = re.compile(r"(resid_pre|resid_mid|resid_post|mlp_in|mlp_out|attn_out)_layer_(\d+)")
 _SELECT: dict[str, Any] = {"mask": "masked", "unmask": "visible", "all": "all", "clean": "all"}
 
 
-def recognises(folder: Path, config: Any) -> bool:
+def recognises(folder: Path, files: frozenset[str], config: Any) -> bool:
     """Whether ``folder`` has ``ae.pt`` and ``config`` the section ``trainer``."""
-    return (folder / WEIGHTS).is_file() and isinstance(config, dict) and isinstance(config.get("trainer"), dict)
+    return WEIGHTS in files and isinstance(config, dict) and isinstance(config.get("trainer"), dict)
 
 
-def load(folder: Path, config: dict) -> tuple[TopK, dict, DictionaryMeta]:
+def load(folder: Path, files: frozenset[str], config: dict) -> tuple[TopK, dict, DictionaryMeta]:
     """Reads one trainer's folder: ``(spec, params, meta)``, parameters float32 that act on raw activations.
 
     Raises:

@@ -27,11 +27,12 @@ from ..topk import TopK
 
 FORMAT, VERSION = "dlmscope", 1
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"
+FILES = (CONFIG, WEIGHTS)
 KINDS = {kind.KIND: kind for kind in (TopK, BatchTopK, Matryoshka, JumpReLU, ReLU, Gated, Binary)}
 _KEYS = {"format", "version", "kind", "dictionary", "meta", "sha256"}
 
 
-def recognises(folder: Path, config: Any) -> bool:
+def recognises(folder: Path, files: frozenset[str], config: Any) -> bool:
     """Whether ``config`` (the parsed ``config.json`` of ``folder``) is of this format."""
     return isinstance(config, dict) and config.get("format") == FORMAT
 
@@ -61,7 +62,7 @@ def save(folder: Path, spec: Any, params: dict, meta: DictionaryMeta) -> None:
     write_whole(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))
 
 
-def load(folder: Path, config: dict) -> tuple[Any, dict, DictionaryMeta]:
+def load(folder: Path, files: frozenset[str], config: dict) -> tuple[Any, dict, DictionaryMeta]:
     """Reads what ``save`` wrote: ``(spec, params, meta)``, parameters float32.
 
     Raises:
