@@ -21,7 +21,7 @@ from dlmscope_jax.activations import ActivationStore, Corruption, rows_of
 from dlmscope_jax.activations import harvest as harvest_rows
 from dlmscope_jax.analysis import delta_losses
 from dlmscope_jax.analysis import evaluate as fidelity
-from dlmscope_jax.dictionaries import TopK, load_dictionary
+from dlmscope_jax.dictionaries import LossSettings, TopK, load_dictionary
 from dlmscope_jax.errors import UserError
 from dlmscope_jax.models import canonical_site, model_identity, site_width
 from dlmscope_jax.report import report as write_report
@@ -109,7 +109,7 @@ def train_model(work: Work, name: str) -> None:
         TrainSpec(
             TopK(store.sites[site], run.dictionary.width, k), steps=recipe.steps, site=site, select=recipe.select,
             batch_size=recipe.batch_size, lr=recipe.lr, warmup_steps=recipe.warmup_steps, decay_start=recipe.decay_start,
-            aux_alpha=recipe.aux_alpha, dead_rows=recipe.dead_rows, seed=run.seed,
+            settings=LossSettings(aux=recipe.aux_alpha), dead_rows=recipe.dead_rows, seed=run.seed,
         )
         for site in _sites(run) for k in run.dictionary.k
     ]  # fmt: skip

@@ -40,7 +40,7 @@ class TrainState:
 
 def make_optimizer(spec: TrainSpec) -> optax.GradientTransformation:
     """Adam without its learning rate, which follows the state's step and not the number of updates."""
-    return optax.scale_by_adam(b1=spec.betas[0], b2=spec.betas[1], eps=spec.eps)
+    return optax.scale_by_adam(b1=spec.betas_used[0], b2=spec.betas_used[1], eps=spec.eps_used)
 
 
 def estimate_scale(sample: Float[np.ndarray, "S D"], name: str = "the sample") -> float:

@@ -55,11 +55,11 @@ def _step(spec: TrainSpec, state: TrainState, batch: Float[Array, "B D"]) -> tup
 
     differentiate = jax.value_and_grad(dictionary.loss, has_aux=True)
     (loss, parts), gradients = differentiate(
-        state.params, x, dead=dead if spec.aux_alpha else None, settings=LossSettings(aux=spec.aux_alpha)
+        state.params, x, dead=dead if spec.settings_used.aux else None, settings=LossSettings(aux=spec.settings_used.aux)
     )
     gradients = dictionary.project_gradient(state.params, gradients)
     norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(gradients)))
-    gradients = jax.tree.map(lambda g: g * jnp.minimum(1.0, spec.clip / norm), gradients)
+    gradients = jax.tree.map(lambda g: g * jnp.minimum(1.0, (spec.clip or jnp.inf) / norm), gradients)
 
     updates, opt_state = make_optimizer(spec).update(gradients, state.opt_state)
     rate = learning_rate(spec, state.step)

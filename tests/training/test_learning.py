@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 
-from dlmscope_jax.dictionaries import TopK
+from dlmscope_jax.dictionaries import LossSettings, TopK
 from dlmscope_jax.training import TrainSpec, init_state, make_step
 
 from .conftest import sparse_rows
@@ -38,7 +38,7 @@ def with_half_of_the_latents_dead(spec, rows):
 def fired_again(alpha, n_rows):
     """Share of killed latents that fired at least once in ``n_rows`` rows of further training."""
     rows, _, spec = settings()
-    spec = TrainSpec(**{**spec.__dict__, "aux_alpha": alpha})
+    spec = TrainSpec(**{**spec.__dict__, "settings": LossSettings(aux=alpha)})
     state, killed = with_half_of_the_latents_dead(spec, rows)
     pre = np.asarray(spec.dictionary.encode(state.params, rows[:4096] / state.input_scale).indices)
     assert not np.isin(pre, np.flatnonzero(killed)).any()  # they are dead indeed

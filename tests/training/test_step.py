@@ -32,7 +32,7 @@ def reference_step(spec, params, mu, nu, count, since, scale, step, batch):
 
     dead = since >= spec.dead_rows
     aux = weight = 0.0
-    if dead.any() and spec.aux_alpha:
+    if dead.any() and spec.settings_used.aux:
         count_aux = d.d_in // 2
         ranked = np.argsort(-np.where(dead, pre, -np.inf), axis=1, kind="stable")[:, :count_aux]
         used = np.zeros(pre.shape, bool)
@@ -41,7 +41,7 @@ def reference_step(spec, params, mu, nu, count, since, scale, step, batch):
         values = np.where(used, pre, 0)
         variation = ((residual - residual.mean(0)) ** 2).sum()
         left = residual - values @ w_dec
-        aux, weight = (left**2).sum() / variation, spec.aux_alpha * min(1, dead.sum() / count_aux)
+        aux, weight = (left**2).sum() / variation, spec.settings_used.aux * min(1, dead.sum() / count_aux)
         d_left = -2 * left / variation * weight
         g_dec = g_dec + values.T @ d_left
         d_pre = d_pre + np.where(used, d_left @ w_dec.T, 0)
@@ -50,14 +50,14 @@ def reference_step(spec, params, mu, nu, count, since, scale, step, batch):
     along = w_dec / np.linalg.norm(w_dec, axis=1, keepdims=True)
     grads["W_dec"] = grads["W_dec"] - (grads["W_dec"] * along).sum(1, keepdims=True) * along
     norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
-    b1, b2 = spec.betas
+    b1, b2 = spec.betas_used
     new = {}
     for name, g in grads.items():
         g = g * min(1, spec.clip / norm)
         mu[name] = b1 * mu[name] + (1 - b1) * g
         nu[name] = b2 * nu[name] + (1 - b2) * g**2
         first, second = mu[name] / (1 - b1 ** (count + 1)), nu[name] / (1 - b2 ** (count + 1))
-        new[name] = params[name] - spec.lr * first / (np.sqrt(second) + spec.eps)  # the step is on the flat part of the schedule
+        new[name] = params[name] - spec.lr * first / (np.sqrt(second) + spec.eps_used)  # the step is on the flat part of the schedule
     new["W_dec"] /= np.linalg.norm(new["W_dec"], axis=1, keepdims=True)
     since = np.where(active.any(0), 0, since + n)
     return new, mu, nu, since, {"loss": reconstruction + weight * aux, "aux": aux, "grad_norm": norm, "l0": active.sum() / n}

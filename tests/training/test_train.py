@@ -225,10 +225,3 @@ def test_a_foreign_dictionary_is_not_overwritten(tmp_path):
     with pytest.raises(UserError, match="k4"):
         train(small_spec(), ROWS, tmp_path)
     assert json.loads((tmp_path / "k4" / "config.json").read_text()) == {"something": 1}
-
-
-def test_spec_survives_yaml():
-    from dlmscope_jax.config import from_mapping, to_mapping
-
-    spec = small_spec(site="resid_post@3", select="masked")
-    assert from_mapping(TrainSpec, json.loads(json.dumps(to_mapping(spec)))) == spec
