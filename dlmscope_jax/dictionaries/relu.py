@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from dlmscope_jax.errors import UserError
 
+from . import rows
 from .base import Dictionary, RowNorm
 from .codes import Dense
+from .ghost import ghost_residual
+from .losses import LossParts, LossSettings, over_norm, squared, total
 
 
 @dataclass(frozen=True)
@@ -55,3 +58,31 @@ class ReLU(Dictionary):
 
     def _codes(self, params: dict, x: Float[Array, "B D"], train: bool = False) -> Dense:
         return Dense(jax.nn.relu(self._preactivations(params, x)))
+
+    def loss(
+        self,
+        params: dict,
+        x: Float[Array, "B D"],
+        target: Float[Array, "B D_out"] | None = None,
+        dead: Bool[Array, " N"] | None = None,
+        settings: LossSettings = LossSettings(),  # noqa: B008  # frozen
+    ) -> tuple[Float[Array, ""], LossParts]:
+        """The error and ``sparsity`` times the mean L1 norm of a row's activations; see ``Dictionary.loss``.
+
+        With ``ghost``, and where ``dead`` is given, ``aux`` times the ghost gradients' loss, which is as large as the error.
+        """
+        x, target = self._pair(x, target)
+        pre = self._preactivations(params, x)
+        codes = Dense(jax.nn.relu(pre))
+        residual = target - self._output(params, codes, x)
+        weighed = codes.values * rows.row_norms(params["W_dec"]) if self.norm_weighted else codes.values
+        measured = {"sparsity": weighed.sum(axis=1).mean()}
+        terms = {"reconstruction": self._error(residual, target), "sparsity": settings.sparsity * measured["sparsity"]}
+        if self.ghost and dead is not None:
+            entry = rows.typical_entry(self.d_in, self.row_norm)
+            measured["ghost"] = self._error(ghost_residual(pre, params["W_dec"], residual, dead, entry), target)
+            terms["ghost"] = settings.aux * measured["ghost"]
+        return total(terms), self._parts(residual, target, codes, terms, measured)
+
+    def _error(self, residual: Float[Array, "B D_out"], target: Float[Array, "B D_out"]) -> Float[Array, ""]:
+        return squared(residual) if self.error == "squared" else over_norm(residual, target)

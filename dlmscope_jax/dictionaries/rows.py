@@ -17,6 +17,20 @@ def unit_rows(weight: Float[Array, "N D"]) -> Float[Array, "N D"]:
     return weight * jax.lax.rsqrt(jnp.maximum(jnp.square(weight).sum(axis=-1, keepdims=True), _TINY))
 
 
+def row_norms(weight: Float[Array, "N D"]) -> Float[Array, " N"]:
+    """The Euclidean norm of each row, with gradient 0 where a row is zero."""
+    return jnp.sqrt(jnp.maximum(jnp.square(weight).sum(axis=-1), _TINY))
+
+
+def typical_entry(width: int, kind: str) -> float:
+    """Root mean square of an entry of the rows that a loss sees: training units give a row norm 1, ``normalise`` sqrt(width).
+
+    It is also the size of a unit encoder row's pre-activation, so it converts thresholds and windows that others give for rows of
+    norm sqrt(width).
+    """
+    return width**-0.5 if kind == "none" else 1.0
+
+
 def renormalise(params: dict) -> dict:
     """Parameters with the rows of ``W_dec`` at unit norm."""
     return {**params, "W_dec": unit_rows(params["W_dec"])}
