@@ -83,7 +83,12 @@ class Tensors:
         return shape[0], shape[1]
 
     def params(
-        self, spec: Any, names: Mapping[str, str] | None = None, transposed: Iterable[str] = (), ignored: Iterable[str] = ()
+        self,
+        spec: Any,
+        names: Mapping[str, str] | None = None,
+        transposed: Iterable[str] = (),
+        ignored: Iterable[str] = (),
+        given: Mapping[str, np.ndarray] | None = None,
     ) -> dict[str, np.ndarray]:
         """The parameters of ``spec``, NumPy arrays float32; nothing is read before all shapes fit.
 
@@ -91,6 +96,7 @@ class Tensors:
           names: our name -> the file's, where they differ.
           transposed: our names of matrices that the file holds the other way round.
           ignored: names of the file that are no parameters.
+          given: our name -> its values, for what the file may leave out.
 
         Raises:
           UserError: tensors missing, unexpected or of another shape; what ``read`` raises.
@@ -99,8 +105,9 @@ class Tensors:
         ours = {theirs: mine for mine, theirs in names.items()}
         found = {ours.get(name, name): name for name in self.shapes if name not in ignored}
         turned = {mine: self.shapes[name][::-1] if mine in transposed else self.shapes[name] for mine, name in found.items()}
-        check_shapes(str(self.where), spec, turned)
-        arrays = {mine: self.read(found[mine]) for mine in spec.shapes()}
+        given = {mine: array for mine, array in (given or {}).items() if mine not in found}
+        check_shapes(str(self.where), spec, turned | {mine: array.shape for mine, array in given.items()})
+        arrays = {mine: given[mine] if mine in given else self.read(found[mine]) for mine in spec.shapes()}
         return {mine: array.T if mine in transposed else array for mine, array in arrays.items()}
 
 
