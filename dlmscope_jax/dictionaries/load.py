@@ -8,8 +8,8 @@ A format is a module of ``formats``:
     save(folder, spec, params, meta)               only where the format is written
 
 ``files`` are the names of the files that are offered: those in ``folder``, or the only one that the user named. ``config`` is the parsed
-JSON of ``config.json``, ``cfg.json`` or ``hyperparams.json`` in the folder (of each in turn, where there are several), else None. Parameters
-come out float32 and act on raw rows.
+JSON of ``config.json``, ``cfg.json`` or ``hyperparams.json`` in the folder (of each in turn, where there are several), else None.
+Parameters come out float32 and act on raw rows.
 """
 
 import json
@@ -19,11 +19,16 @@ from typing import Any
 
 from dlmscope_jax.errors import UserError
 
-from .formats import dictionary_learning, native
+from .formats import dictionary_learning, native, saelens, sparsify
 from .meta import DictionaryMeta
 
 # Asked in this order; formats that a configuration names come first, those known by their tensors alone last.
-FORMATS: dict[str, Any] = {"dlmscope": native, "dictionary_learning": dictionary_learning}
+FORMATS: dict[str, Any] = {
+    "dlmscope": native,
+    "dictionary_learning": dictionary_learning,
+    "saelens": saelens,
+    "sparsify": sparsify,
+}
 CONFIGS = ("config.json", "cfg.json", "hyperparams.json")
 _WEIGHTS = (".safetensors", ".npz", ".pt", ".pkl.gz")
 

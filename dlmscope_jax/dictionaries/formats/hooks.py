@@ -11,7 +11,6 @@ _HOOKS = [
     (re.compile(r"blocks\.(\d+)\.mlp\.hook_in"), "mlp_in"),
     (re.compile(r"blocks\.(\d+)\.mlp\.hook_out"), "mlp_out"),
     (re.compile(r"blocks\.(\d+)\.mlp\.hook_post"), "mlp_act"),
-    (re.compile(r"blocks\.(\d+)\.hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out)\.hook_sae_\w+"), None),
 ]
 # a block, its attention, its MLP, as GPT-2, NeoX, Llama and LLaDA call them; the word before the number may stand behind others
 _BLOCK = r"(?:[a-z_]+\.)*(?:layers|h|blocks)\.(\d+)"
