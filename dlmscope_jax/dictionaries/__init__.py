@@ -3,7 +3,7 @@
 from .base import Dictionary
 from .batch_topk import BatchTopK
 from .binary import Binary
-from .codes import Codes, Dense, FlatSparse, RowSparse
+from .codes import Bits, Codes, Dense, FlatSparse, RowSparse
 from .gated import Gated
 from .jumprelu import JumpReLU
 from .load import load_dictionary, save_dictionary
@@ -18,6 +18,7 @@ from .topk import TopK
 __all__ = [
     "BatchTopK",
     "Binary",
+    "Bits",
     "Codes",
     "Dense",
     "Dictionary",

@@ -16,7 +16,7 @@ from dlmscope_jax import kernels
 from dlmscope_jax.errors import UserError
 
 from . import rows
-from .codes import Codes, Dense, FlatSparse, take_rows
+from .codes import Bits, Codes, Dense, FlatSparse, take_rows
 from .losses import LossParts, LossSettings, explained
 
 RowNorm = Literal["none", "layer_norm", "unit_rms"]
@@ -94,10 +94,7 @@ class Dictionary:
         Raises:
           UserError: samples of another width.
         """
-        where = type(self).__name__
-        for name, given, width in (("sample", sample, self.out), ("inputs", inputs, self.d_in)):
-            if given is not None and (given.ndim != 2 or given.shape[1] != width):
-                raise UserError(f"{where}.init: the {name} must be [rows, {width}], got {list(given.shape)}")
+        self._check_samples(sample, inputs)
         if sample is not None and not self.transcoder:
             sample = rows.normalise(jnp.asarray(sample, jnp.float32), self.row_norm)[0]
         for_decoder, for_encoder = jax.random.split(key)
@@ -116,6 +113,12 @@ class Dictionary:
             else:
                 params["b_enc"] = -jnp.matmul(w_enc, centre, precision=_HIGHEST)
         return params
+
+    def _check_samples(self, sample: Array | None, inputs: Array | None) -> None:
+        """Raises for samples of another width."""
+        for name, given, width in (("sample", sample, self.out), ("inputs", inputs, self.d_in)):
+            if given is not None and (given.ndim != 2 or given.shape[1] != width):
+                raise UserError(f"{type(self).__name__}.init: the {name} must be [rows, {width}], got {list(given.shape)}")
 
     # --- rows to codes and back
 
@@ -171,8 +174,8 @@ class Dictionary:
 
     def _combine(self, params: dict, codes: Codes) -> Float[Array, "*batch D_out"]:
         weight = params["W_dec"]
-        if isinstance(codes, Dense):
-            return jnp.matmul(codes.values, weight, precision=_HIGHEST)
+        if isinstance(codes, Dense | Bits):
+            return jnp.matmul(codes.values.astype(jnp.float32), weight, precision=_HIGHEST)
         if isinstance(codes, FlatSparse):
             flat = kernels.decode_flat(codes.values, codes.rows, codes.latents, weight, codes.n_rows)
             return flat.reshape(*codes.shape, weight.shape[1])
@@ -225,6 +228,15 @@ class Dictionary:
         target = self._rows(target, self.out, "loss (target)")
         flat, scale, offset = rows.normalise(x, self.row_norm)
         return flat, target if self.row_norm == "none" else (target - offset) / scale
+
+    def row_errors(
+        self, params: dict, x: Float[Array, "B D"], target: Float[Array, "B D_out"] | None = None
+    ) -> tuple[Float[Array, "B D"], Float[Array, "B D_out"], Float[Array, " B"]]:
+        """What resampling asks for: inputs and targets less the biases, normalised, and each row's squared error in training."""
+        x, target = self._pair(x, target)
+        error = jnp.square(target - self._output(params, self._codes(params, x, train=True), x)).sum(axis=1)
+        shift = self._shift(params)
+        return x if shift is None else x - shift, target - params["b_dec"], error
 
     def _output(self, params: dict, codes: Codes, x: Float[Array, "B D"]) -> Float[Array, "B D_out"]:
         """The reconstruction of normalised rows, not yet undone: what a loss compares."""

@@ -122,9 +122,37 @@ class Dense:
         return self.values
 
 
-Codes = RowSparse | FlatSparse | Dense
+@struct.dataclass
+class Bits:
+    """Codes of one bit a latent: values [..., N] bool. An activation is 0 or 1."""
+
+    values: Bool[Array, "*batch N"]
+
+    def latent(self, i: Any) -> Float[Array, "*batch"]:
+        """As for ``Dense``, float32."""
+        return self.values[..., i].astype(jnp.float32)
+
+    def count(self) -> Int[Array, "*batch"]:
+        """How many bits are 1 in each row."""
+        return self.values.sum(axis=-1, dtype=jnp.int32)
+
+    def fired(self, width: int, valid: Bool[Array, "*batch"] | None = None) -> Int[Array, " N"]:
+        """As for ``RowSparse``."""
+        on = self.values if valid is None else self.values & valid[..., None]
+        return on.reshape(-1, width).sum(axis=0, dtype=jnp.int32)
+
+    def largest(self) -> Float[Array, "*batch"]:
+        """1 in rows with a bit that is 1."""
+        return self.values.any(axis=-1).astype(jnp.float32)
+
+    def dense(self, width: int) -> Float[Array, "*batch N"]:
+        """The bits as float32."""
+        return self.values.astype(jnp.float32)
 
 
-def take_rows(codes: RowSparse | Dense, shape: tuple[int, ...]) -> RowSparse | Dense:
+Codes = RowSparse | FlatSparse | Dense | Bits
+
+
+def take_rows(codes: RowSparse | Dense | Bits, shape: tuple[int, ...]) -> RowSparse | Dense | Bits:
     """The same codes with other leading axes."""
     return jax.tree.map(lambda leaf: leaf.reshape(*shape, leaf.shape[-1]), codes)

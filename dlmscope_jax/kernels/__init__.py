@@ -4,8 +4,20 @@
 A named implementation works or raises, none is silently replaced.
 """
 
+from .binarise import ESTIMATORS, binarise
+from .covariance import offdiagonal_covariance
 from .sparse import decode, preactivations, with_encoder_gradient
 from .sparse.flat import decode_flat, with_flat_encoder_gradient
 from .topk import topk
 
-__all__ = ["decode", "decode_flat", "preactivations", "topk", "with_encoder_gradient", "with_flat_encoder_gradient"]
+__all__ = [
+    "ESTIMATORS",
+    "binarise",
+    "decode",
+    "decode_flat",
+    "offdiagonal_covariance",
+    "preactivations",
+    "topk",
+    "with_encoder_gradient",
+    "with_flat_encoder_gradient",
+]
