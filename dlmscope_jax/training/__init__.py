@@ -10,9 +10,10 @@ if TYPE_CHECKING:
     from .loop import Trained, train
     from .metrics import read_metrics
     from .progress import Progress
+    from .schedules import learning_rate
     from .spec import TrainSpec
-    from .state import TrainState, estimate_scale, init_state
-    from .step import learning_rate, make_step
+    from .state import TrainState, estimate_scale, final_params, init_state
+    from .step import make_step
 
 _HOMES = {
     "Progress": "progress",
@@ -20,8 +21,9 @@ _HOMES = {
     "TrainState": "state",
     "Trained": "loop",
     "estimate_scale": "state",
+    "final_params": "state",
     "init_state": "state",
-    "learning_rate": "step",
+    "learning_rate": "schedules",
     "load_latest": "checkpoints",
     "make_step": "step",
     "read_metrics": "metrics",
@@ -34,6 +36,7 @@ __all__ = [
     "TrainState",
     "Trained",
     "estimate_scale",
+    "final_params",
     "init_state",
     "learning_rate",
     "load_latest",

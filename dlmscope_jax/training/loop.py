@@ -10,20 +10,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from dlmscope_jax.activations import Corruption
 from dlmscope_jax.config import to_mapping
-from dlmscope_jax.dictionaries import DictionaryMeta, TopK, load_dictionary, save_dictionary
+from dlmscope_jax.dictionaries import Dictionary, DictionaryMeta, load_dictionary, save_dictionary
 from dlmscope_jax.errors import UserError
 
 from .checkpoints import difference, load_latest, remove_checkpoints, save_checkpoint
 from .metrics import MetricsFile
 from .progress import Progress
-from .sources import Source, open_source
+from .sources import Batch, Source, open_source
 from .spec import TrainSpec
-from .state import TrainState, init_state
-from .step import Metrics, Step, make_step
+from .state import TrainState, final_params, init_state
+from .step import Metrics, Rows, Step, make_step
 
 # Unblocked programs pile up memory, and on virtual CPU devices their collectives can deadlock.
 _IN_FLIGHT = 2
@@ -35,7 +34,7 @@ _log = logging.getLogger(__name__)
 class Trained(NamedTuple):
     """A trained dictionary; ``params`` act on raw rows. ``path`` is its folder, with ``metrics.jsonl`` beside the weights."""
 
-    spec: TopK
+    spec: Dictionary
     params: dict
     meta: DictionaryMeta
     path: Path
@@ -97,7 +96,7 @@ def _loop(runs: list["_Run"], rows: Source, steps: int, checkpoint_every: int, p
     start = min(run.start for run in runs)
     if progress is not None and start:
         progress.skip(start)
-    sites = sorted({run.site for run in runs})
+    sites = sorted({site for run in runs for site in run.sites})
     batches = rows.batches(start, sites)
     waiting: deque[tuple[int, list[tuple[_Run, Metrics]]]] = deque()
 
@@ -114,7 +113,7 @@ def _loop(runs: list["_Run"], rows: Source, steps: int, checkpoint_every: int, p
     try:
         for step in range(start, steps):
             batch = jax.device_put(next(batches))
-            waiting.append((step, [(run, run.update(batch[run.site])) for run in runs if run.start <= step]))
+            waiting.append((step, [(run, run.update(batch)) for run in runs if run.start <= step]))
             settle(_IN_FLIGHT - 1)
             if (step + 1) % checkpoint_every == 0 and step + 1 < steps:
                 settle(0)
@@ -139,15 +138,16 @@ class _Run:
 
     def __init__(self, spec: TrainSpec, rows: Source, folder: Path, meta: Mapping[str, Any]):
         self.spec, self.folder = spec, folder
+        dictionary = spec.dictionary
         self.site = rows.site(spec.site)
-        width = rows.sites[self.site]
-        if width != spec.dictionary.d_in:
-            raise UserError(
-                f"train: {self.site or 'the array'} has rows of {width} entries, the dictionary {spec.name} reads {spec.dictionary.d_in}: "
-                f"use d_in={width}"
-            )
+        self.target = None if spec.target is None else rows.site(spec.target)
+        _check_width(rows, self.site, spec, "reads", "d_in", dictionary.d_in)
+        if self.target is not None:
+            _check_width(rows, self.target, spec, "writes", "d_out", dictionary.out)
         # what makes this training this training; a site's label does not matter where there is only one
-        self.identity = {"training": json.loads(json.dumps(to_mapping(spec))), "source": rows.fingerprint}
+        training = to_mapping(spec)
+        training["dictionary"] = {"kind": dictionary.KIND, **training["dictionary"]}
+        self.identity = {"training": json.loads(json.dumps(training)), "source": rows.fingerprint}
         self.meta = _meta(spec, self.site, rows.meta, meta, {**self.identity, "rows": spec.steps * spec.batch_size})
         self.start, self.bad = 0, 0
         self.latest: tuple[float, float] | None = None  # explained variance and dead share, for the progress line
@@ -170,21 +170,28 @@ class _Run:
         remove_checkpoints(self.folder / _CHECKPOINTS)  # a process killed at the very end leaves them
         return True
 
-    def begin(self, sample: Callable[[int, int, str], np.ndarray]) -> None:
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Every site that it needs of a batch."""
+        return (self.site,) if self.target is None else (self.site, self.target)
+
+    def begin(self, sample: Callable[[int, int, tuple[str, ...]], Batch]) -> None:
         """The state of the newest checkpoint, or a fresh one."""
         spec = self.spec
         self.step = make_step(spec)
         found = load_latest(self.folder / _CHECKPOINTS, jax.eval_shape(lambda: init_state(spec)), self.identity)
         if found is None:
-            self.state = init_state(spec, sample=sample(spec.sample_rows, spec.batch_size, self.site))
+            some = sample(spec.sample_rows, spec.batch_size, self.sites)
+            self.state = init_state(spec, sample=some[self.site], targets=None if self.target is None else some[self.target])
         else:
             self.start, self.state = found
             _log.info("%s goes on from step %d", self.folder, self.start)
         self.metrics = MetricsFile(self.folder / _METRICS, spec.steps, spec.batch_size, self.start)
 
-    def update(self, batch: jax.Array) -> Metrics:
+    def update(self, batch: Mapping[str, jax.Array]) -> Metrics:
         """Starts a step; its metrics are there when it is done."""
-        self.state, metrics = self.step(self.state, batch)
+        rows: Rows = batch[self.site] if self.target is None else (batch[self.site], batch[self.target])
+        self.state, metrics = self.step(self.state, rows)
         return metrics
 
     def note(self, step: int, metrics: dict[str, tuple[Any, Any]]) -> None:
@@ -212,10 +219,22 @@ class _Run:
     def finish(self) -> None:
         """Saves the dictionary, folded so that it acts on raw rows; the checkpoints have served."""
         self.metrics.sync()
-        scale = float(self.state.input_scale)
+        dictionary, params = self.spec.dictionary, final_params(self.spec, self.state)
+        scale, out_scale = float(self.state.input_scale), float(self.state.output_scale)
+        if dictionary.row_norm == "none":  # the norm of each row takes any scale away, and then there is none
+            params = dictionary.fold(params, scale, out_scale)
         extra = {**self.meta.extra, "skipped_batches": int(self.state.skipped)}
+        if self.target is not None:
+            subtracted = "b_in" if dictionary.input_bias else None
+            extra["transcoder"] = {
+                "target": self.target,
+                "input_scale": scale,
+                "output_scale": out_scale,
+                "folded": True,
+                "subtracted": subtracted,
+            }
         meta = dataclasses.replace(self.meta, input_scale=scale, scale_folded=True, extra=extra)
-        save_dictionary(self.folder, self.spec.dictionary, self.spec.dictionary.fold(self.state.params, scale), meta)
+        save_dictionary(self.folder, dictionary, params, meta)
         remove_checkpoints(self.folder / _CHECKPOINTS)
 
     def result(self) -> Trained:
@@ -231,6 +250,14 @@ def _words(latest: list[tuple[float, float]]) -> str:
     low, high, dead = min(ev for ev, _ in latest), max(ev for ev, _ in latest), max(dead for _, dead in latest)
     several = len(latest) > 1
     return f"EV {low:.2f}{f' to {high:.2f}' if several else ''}, dead {'at most ' if several else ''}{100 * dead:.1f} %"
+
+
+def _check_width(rows: Source, site: str, spec: TrainSpec, verb: str, field: str, expected: int) -> None:
+    width = rows.sites[site]
+    if width != expected:
+        raise UserError(
+            f"train: {site or 'the array'} has rows of {width} entries, the dictionary {spec.name} {verb} {expected}: use {field}={width}"
+        )
 
 
 def _check(specs: list[TrainSpec], checkpoint_every: int) -> None:

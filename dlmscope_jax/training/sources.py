@@ -48,8 +48,8 @@ class Source:
             raise UserError(f"the source has no site {wanted!r}: it has {', '.join(self.sites)}")
         return wanted
 
-    def sample(self, rows: int, batch_size: int, site: str) -> np.ndarray:
-        """The first ``rows`` rows of the training order (fewer where an epoch has fewer), float32."""
+    def sample(self, rows: int, batch_size: int, sites: tuple[str, ...]) -> Batch:
+        """The first ``rows`` rows of the training order (fewer where an epoch has fewer), float32; sites row by row together."""
         raise NotImplementedError
 
 
@@ -90,10 +90,10 @@ class _StoreSource(Source):
     def batches(self, start_step: int, sites: list[str]) -> BatchIterator:
         return self._store.batches(self._batch_size, self._seed, start_step, sites, self._select, columns=())
 
-    def sample(self, rows: int, batch_size: int, site: str) -> np.ndarray:
-        batches = self.batches(0, [site])
+    def sample(self, rows: int, batch_size: int, sites: tuple[str, ...]) -> Batch:
+        batches = self.batches(0, list(sites))
         try:
-            return _sample(batches, rows, batch_size, batches.steps_per_epoch, site)
+            return _sample(batches, rows, batch_size, batches.steps_per_epoch)
         finally:
             batches.close()
 
@@ -126,8 +126,8 @@ class _ArraySource(Source):
             rows = order[index * self._batch_size : (index + 1) * self._batch_size]
             yield {site: _rows_of(self._arrays[site], rows) for site in sites}
 
-    def sample(self, rows: int, batch_size: int, site: str) -> np.ndarray:
-        return _sample(self.batches(0, [site]), rows, batch_size, self._per_epoch, site)
+    def sample(self, rows: int, batch_size: int, sites: tuple[str, ...]) -> Batch:
+        return _sample(self.batches(0, list(sites)), rows, batch_size, self._per_epoch)
 
 
 class _IteratorSource(Source):
@@ -149,14 +149,14 @@ class _IteratorSource(Source):
             if step >= start_step:
                 yield {site: batch[site] for site in sites}
 
-    def sample(self, rows: int, batch_size: int, site: str) -> np.ndarray:
+    def sample(self, rows: int, batch_size: int, sites: tuple[str, ...]) -> Batch:
         """As above, from batches that wait for the training to read them once more."""
         for _ in range(-(-rows // batch_size) - len(self._waiting)):
             try:
                 self._pull()
             except UserError:  # it has fewer; whether that is enough shows when training reads them
                 break
-        return np.concatenate([np.asarray(batch[site], np.float32) for batch in self._waiting])[:rows]
+        return _joined([{site: batch[site] for site in sites} for batch in self._waiting], rows)
 
     def _pull(self) -> None:
         what = f"batch {self._pulled} of the iterator"
@@ -179,9 +179,12 @@ class _IteratorSource(Source):
         self._pulled += 1
 
 
-def _sample(batches: Iterator[Batch], rows: int, batch_size: int, per_epoch: int, site: str) -> np.ndarray:
-    count = min(-(-rows // batch_size), per_epoch)
-    return np.concatenate([np.asarray(batch[site], np.float32) for batch in itertools.islice(batches, count)])[:rows]
+def _sample(batches: Iterator[Batch], rows: int, batch_size: int, per_epoch: int) -> Batch:
+    return _joined(list(itertools.islice(batches, min(-(-rows // batch_size), per_epoch))), rows)
+
+
+def _joined(batches: list[Batch], rows: int) -> Batch:
+    return {site: np.concatenate([np.asarray(batch[site], np.float32) for batch in batches])[:rows] for site in batches[0]}
 
 
 def _checked(value: Any, what: str) -> np.ndarray:

@@ -7,13 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from dlmscope_jax.dictionaries import TopK
+from dlmscope_jax.dictionaries import Dictionary
+from dlmscope_jax.dictionaries.rows import normalise
 from dlmscope_jax.errors import UserError
 
+from .averaging import corrected
+from .optimisers import Optimiser, make_optimiser
+from .program import Numbers, Program, numbers_of, program_of
 from .spec import TrainSpec
 
 
@@ -24,23 +27,43 @@ class TrainState:
     Attributes:
       step: batches seen, skipped ones included.
       params: of the dictionary, float32, for rows divided by ``input_scale``.
-      opt_state: Adam's moments.
+      opt_state: the optimiser's, of the parameters that it learns.
+      average: sums of the moving average of those; None: there is none.
       rows_since_fired: [N] rows since each latent was last active.
-      input_scale: what rows are divided by.
+      input_scale, output_scale: what inputs and targets are divided by; one number in an autoencoder.
       skipped: batches that were left out because something in them was not finite.
+      numbers: the hyper-parameters that are no part of the program.
     """
 
     step: Int[Array, ""]
     params: dict
     opt_state: Any
+    average: dict | None
     rows_since_fired: Int[Array, " N"]
     input_scale: Float[Array, ""]
+    output_scale: Float[Array, ""]
     skipped: Int[Array, ""]
+    numbers: Numbers
 
 
-def make_optimizer(spec: TrainSpec) -> optax.GradientTransformation:
-    """Adam without its learning rate, which follows the state's step and not the number of updates."""
-    return optax.scale_by_adam(b1=spec.betas_used[0], b2=spec.betas_used[1], eps=spec.eps_used)
+def optimiser_of(program: Program) -> Optimiser:
+    """The optimiser of a program."""
+    return make_optimiser(program.optimizer, program.betas, program.eps, program.dictionary.constrain)
+
+
+def learned(dictionary: Dictionary, params: dict) -> dict:
+    """The parameters that gradient, norm, optimiser and average know: all but those that are measured."""
+    return {name: value for name, value in params.items() if name not in dictionary.STATISTICS}
+
+
+def final_params(spec: TrainSpec, state: TrainState) -> dict:
+    """The weights that the training stands for, in training units: the average where one is kept, with decoder rows as they must be."""
+    program = program_of(spec)
+    weights = optimiser_of(program).weights(state.opt_state, learned(spec.dictionary, state.params))
+    if state.average is not None and state.numbers.ema is not None:
+        average = corrected(state.average, weights, state.numbers.ema, state.step - state.skipped)
+        weights = spec.dictionary.constrain(average)
+    return {**state.params, **weights}
 
 
 def estimate_scale(sample: Float[np.ndarray, "S D"], name: str = "the sample") -> float:
@@ -59,37 +82,70 @@ def estimate_scale(sample: Float[np.ndarray, "S D"], name: str = "the sample") -
     return float(np.sqrt(square.mean()))
 
 
-def init_state(spec: TrainSpec, key: Array | None = None, sample: Float[np.ndarray, "S D"] | None = None) -> TrainState:
+def init_state(
+    spec: TrainSpec,
+    key: Array | None = None,
+    sample: Float[np.ndarray, "S D"] | None = None,
+    targets: Float[np.ndarray, "S D_out"] | None = None,
+) -> TrainState:
     """The state before the first step.
 
     Args:
       spec: the training.
-      key: for the first weights; None: ``jax.random.key(spec.seed)``.
-      sample: raw rows, from which the input scale is estimated and ``b_dec`` starts at their geometric median; None: 1 and 0.
+      key: for the first weights; None: of ``spec.init_seed``, or else ``spec.seed``.
+      sample: raw rows of the input, from which the scale is estimated and on which biases are centred; None: 1 and 0.
+      targets: for a transcoder, the raw rows of the output that belong to them.
 
     Raises:
       UserError: a sample of another width, or of which nothing can be learned.
     """
-    key = jax.random.key(spec.seed) if key is None else key
-    scale = 1.0
+    dictionary = spec.dictionary
+    key = jax.random.key(spec.seed if spec.init_seed is None else spec.init_seed) if key is None else key
+    input_scale = output_scale = 1.0
+    inputs: Any = None
+    outputs: Any = None
     if sample is not None:
-        if sample.ndim != 2 or sample.shape[1] != spec.dictionary.d_in:
-            raise UserError(f"init_state: the sample must be [rows, {spec.dictionary.d_in}], got {list(sample.shape)}")
-        sample = np.asarray(sample, np.float32)
-        scale = estimate_scale(sample, spec.site or "the sample")
-        sample = sample[np.isfinite(sample).all(axis=1)] / np.float32(scale)
-    params = _initialiser(spec.dictionary)(key, None if sample is None else jnp.asarray(sample))
+        sample, targets = _checked(spec, sample, targets)
+        if spec.normalize == "rms" and dictionary.row_norm == "none":
+            input_scale = output_scale = estimate_scale(sample, spec.site or "the sample")
+            if dictionary.transcoder:
+                output_scale = estimate_scale(targets, spec.target or "the targets")
+        finite = np.isfinite(sample).all(axis=1) & np.isfinite(targets).all(axis=1)
+        inputs = jnp.asarray(sample[finite] / np.float32(input_scale))
+        outputs = jnp.asarray(targets[finite] / np.float32(output_scale))
+        if dictionary.transcoder and dictionary.row_norm != "none":  # its output is divided as its input is
+            inputs, scale, offset = normalise(inputs, dictionary.row_norm)
+            outputs = (outputs - offset) / scale
+    params = _initialiser(dictionary)(key, outputs, inputs if dictionary.transcoder else None)
+    knows = learned(dictionary, params)
     return TrainState(
         step=jnp.int32(0),
         params=params,
-        opt_state=make_optimizer(spec).init(params),
-        rows_since_fired=jnp.zeros(spec.dictionary.width, jnp.int32),
-        input_scale=jnp.float32(scale),
+        opt_state=optimiser_of(program_of(spec)).init(knows),
+        average=None if spec.ema is None else jax.tree.map(jnp.zeros_like, knows),
+        rows_since_fired=jnp.zeros(dictionary.width, jnp.int32),
+        input_scale=jnp.float32(input_scale),
+        output_scale=jnp.float32(output_scale),
         skipped=jnp.int32(0),
+        numbers=numbers_of(spec),
     )
 
 
+def _checked(spec: TrainSpec, sample: Any, targets: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and outputs as float32; an autoencoder's are the same."""
+    dictionary = spec.dictionary
+    if dictionary.transcoder and targets is None:
+        raise UserError("init_state: a transcoder needs rows of its output beside the sample: give targets")
+    targets = targets if dictionary.transcoder else sample
+    for name, rows, width in (("sample", sample, dictionary.d_in), ("targets", targets, dictionary.out)):
+        if rows.ndim != 2 or rows.shape[1] != width:
+            raise UserError(f"init_state: the {name} must be [rows, {width}], got {list(rows.shape)}")
+    if len(sample) != len(targets):
+        raise UserError(f"init_state: the sample has {len(sample)} rows, targets has {len(targets)}: they belong together")
+    return np.asarray(sample, np.float32), np.asarray(targets, np.float32)
+
+
 @functools.cache
-def _initialiser(dictionary: TopK) -> Callable[..., dict]:
+def _initialiser(dictionary: Dictionary) -> Callable[..., dict]:
     """``dictionary.init``, compiled once for a shape: its geometric median is a loop."""
     return jax.jit(dictionary.init)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,16 @@ from jaxtyping import Array, Float
 
 from dlmscope_jax.dictionaries import LossSettings
 
+from . import schedules
+from .averaging import follow
+from .program import Program, program_of
+from .resampling import resample
 from .spec import TrainSpec
-from .state import TrainState, make_optimizer
+from .state import TrainState, learned, optimiser_of
 
 Metrics = dict[str, tuple[Array, Array]]
-Step = Callable[[TrainState, Float[Array, "B D"]], tuple[TrainState, Metrics]]
+Rows = Float[Array, "B D"] | tuple[Float[Array, "B D"], Float[Array, "B D_out"]]
+Step = Callable[[TrainState, Rows], tuple[TrainState, Metrics]]
 
 # rows_since_fired stops counting here, far above any threshold and far below overflow
 _LONG = 2**30
@@ -23,76 +29,107 @@ _LONG = 2**30
 def make_step(spec: TrainSpec) -> Step:
     """The jitted step ``(state, batch) -> (state, metrics)``; the state is donated.
 
-    The batch holds raw rows [B, D] of any float dtype. Metrics are pairs (sum, count) of float32 scalars, whose quotient is
-    the mean over whatever steps they are added up over: ``loss``, ``reconstruction``, ``aux``, ``explained_variance`` (of
-    the batch, for progress only), ``l0``, ``dead`` (share), ``grad_norm`` (before clipping), ``learning_rate``, ``skipped``.
+    The batch holds raw rows [B, D] of any float dtype, for a transcoder a pair of them: inputs and targets. Metrics are pairs
+    (sum, count) of float32 scalars, whose quotient is the mean over whatever steps they are added up over: ``loss``,
+    ``reconstruction``, each term of the loss as ``loss_<term>``, what the dictionary measures (``aux``: 0 where there is none),
+    ``explained_variance`` (of the batch, for progress only), ``l0``, ``dead`` (share), ``grad_norm`` (before clipping),
+    ``learning_rate``, ``skipped``; with annealing ``k``, with resampling ``resampled`` (latents).
 
     A batch whose loss or gradient is not finite changes nothing but ``step`` and ``skipped``, and counts in no other metric.
 
-    Trainings that differ only in their site, row selection or seed share one compiled program.
+    Trainings of one ``Program`` share one compiled program: their numbers are in the state.
     """
-    return _compiled(dataclasses.replace(spec, site=None, select="all", seed=0, sample_rows=1))
+    return _compiled(program_of(spec))
 
 
 @functools.cache
-def _compiled(spec: TrainSpec) -> Step:
-    return jax.jit(functools.partial(_step, spec), donate_argnums=0)
+def _compiled(program: Program) -> Step:
+    return jax.jit(functools.partial(_step, program), donate_argnums=0)
 
 
-def learning_rate(spec: TrainSpec, step: Array | int) -> Float[Array, ""]:
-    """The rate of the 0-based ``step``: linear warm-up (the first step already moves), constant, linear to 0."""
-    done = jnp.asarray(step, jnp.float32)
-    decay_from = spec.decay_start * spec.steps
-    up = (done + 1) / max(1, spec.warmup_used)
-    down = (spec.steps - done) / max(1.0, spec.steps - decay_from)
-    return spec.lr_used * jnp.clip(jnp.minimum(up, down), 0.0, 1.0)
+def _step(program: Program, state: TrainState, batch: Rows) -> tuple[TrainState, Metrics]:
+    dictionary, numbers = program.dictionary, state.numbers
+    x, target = _in_training_units(state, batch)
+    settings = schedules.loss_settings(numbers, state.step)
+    rate = schedules.rate(program.schedule, numbers, state.step)
+    dead = state.rows_since_fired >= numbers.dead_rows
+    old = learned(dictionary, state.params)
 
+    def loss_of(weights: dict) -> tuple[Array, Any]:
+        return dictionary.loss({**state.params, **weights}, x, target, dead=dead if program.aux else None, settings=settings)
 
-def _step(spec: TrainSpec, state: TrainState, batch: Float[Array, "B D"]) -> tuple[TrainState, Metrics]:
-    dictionary, n_rows = spec.dictionary, batch.shape[0]
-    x = batch.astype(jnp.float32) / state.input_scale
-    dead = state.rows_since_fired >= spec.dead_rows_used
-
-    differentiate = jax.value_and_grad(dictionary.loss, has_aux=True)
-    (loss, parts), gradients = differentiate(
-        state.params, x, dead=dead if spec.settings_used.aux else None, settings=LossSettings(aux=spec.settings_used.aux)
-    )
-    gradients = dictionary.project_gradient(state.params, gradients)
+    (loss, parts), gradients = jax.value_and_grad(loss_of, has_aux=True)(old)
+    gradients = dictionary.project_gradient(old, gradients)
     norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(gradients)))
-    gradients = jax.tree.map(lambda g: g * jnp.minimum(1.0, (spec.clip or jnp.inf) / norm), gradients)
+    gradients = jax.tree.map(lambda g: g * jnp.minimum(1.0, numbers.clip / norm), gradients)
 
-    updates, opt_state = make_optimizer(spec).update(gradients, state.opt_state)
-    rate = learning_rate(spec, state.step)
-    params = dictionary.constrain(jax.tree.map(lambda p, u: p - rate * u, state.params, updates))
-    since = jnp.where(parts.fired > 0, 0, jnp.minimum(state.rows_since_fired + n_rows, _LONG))
+    weights, opt_state = optimiser_of(program).update(gradients, state.opt_state, old, rate)
+    params = _measure(program, state, {**state.params, **weights}, parts.statistics, settings)
+    average = None if state.average is None else follow(state.average, learned(dictionary, params), numbers.ema)
+    since = jnp.where(parts.fired > 0, 0, jnp.minimum(state.rows_since_fired + x.shape[0], _LONG))
+    resampled = jnp.int32(0)
+    if numbers.resample_every is not None:
+        params, opt_state, since, resampled = _resampled(dictionary, state, params, opt_state, since, x, target)
 
     good = jnp.isfinite(loss) & jnp.isfinite(norm)
-    params, opt_state, since = jax.tree.map(
-        lambda new, old: jnp.where(good, new, old), (params, opt_state, since), (state.params, state.opt_state, state.rows_since_fired)
-    )
+    before = (state.params, state.opt_state, state.average, state.rows_since_fired)
+    kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), (params, opt_state, average, since), before)
     bad = 1 - good.astype(jnp.int32)
-    following = TrainState(
+    following = dataclasses.replace(
+        state,
         step=state.step + 1,
-        params=params,
-        opt_state=opt_state,
-        rows_since_fired=since,
-        input_scale=state.input_scale,
+        params=kept[0],
+        opt_state=kept[1],
+        average=kept[2],
+        rows_since_fired=kept[3],
         skipped=state.skipped + bad,
     )
-    per_row = {"loss": loss, "reconstruction": parts.terms["reconstruction"], "l0": parts.l0}
-    per_step = {
-        "aux": parts.measured.get("aux", jnp.float32(0)),
+    values = {
+        "loss": loss,
+        "reconstruction": parts.terms["reconstruction"],
+        "l0": parts.l0,
+        "aux": jnp.float32(0),
+        **{f"loss_{name}": value for name, value in parts.terms.items()},
+        **parts.measured,
         "explained_variance": parts.explained_variance,
         "dead": dead.mean(dtype=jnp.float32),
         "grad_norm": norm,
         "learning_rate": rate,
+        **({} if settings.k is None else {"k": settings.k}),
+        **({} if numbers.resample_every is None else {"resampled": resampled}),
     }
-    metrics = {name: _pair(good, value * n_rows, n_rows) for name, value in per_row.items()}
-    metrics |= {name: _pair(good, value, 1) for name, value in per_step.items()}
+    metrics = {name: (jnp.where(good, value, 0.0).astype(jnp.float32), good.astype(jnp.float32)) for name, value in values.items()}
     metrics["skipped"] = (bad.astype(jnp.float32), jnp.float32(1))
     return following, metrics
 
 
-def _pair(good: Array, total: Array, count: int) -> tuple[Array, Array]:
-    """A (sum, count) that a bad batch does not enter."""
-    return jnp.where(good, total, 0.0).astype(jnp.float32), jnp.where(good, float(count), 0.0).astype(jnp.float32)
+def _in_training_units(state: TrainState, batch: Rows) -> tuple[Float[Array, "B D"], Float[Array, "B D_out"] | None]:
+    """Float32 inputs and, for a transcoder, targets, each divided by its scale."""
+    if not isinstance(batch, tuple):
+        return batch.astype(jnp.float32) / state.input_scale, None
+    return batch[0].astype(jnp.float32) / state.input_scale, batch[1].astype(jnp.float32) / state.output_scale
+
+
+def _measure(program: Program, state: TrainState, params: dict, statistics: dict, settings: LossSettings) -> dict:
+    """The parameters that are measured follow the batch; while k still falls they wait, for they belong to the final one."""
+    following = program.dictionary.update_statistics(params, statistics)
+    if settings.k is None:
+        return following
+    settled = settings.k == state.numbers.settings.k
+    return {**params, **{name: jnp.where(settled, following[name], params[name]) for name in program.dictionary.STATISTICS}}
+
+
+def _resampled(
+    dictionary: Any, state: TrainState, params: dict, opt_state: Any, since: Array, x: Array, target: Array | None
+) -> tuple[dict, Any, Array, Array]:
+    """Every so many steps, dead latents begin again; in all others nothing is computed."""
+    numbers = state.numbers
+    dead = since >= numbers.dead_rows
+
+    def begin_again() -> tuple[dict, Any, Array, Array]:
+        key = jax.random.fold_in(jax.random.key(numbers.seed), state.step)
+        fresh, forgetful = resample(dictionary, key, params, opt_state, x, target, dead)
+        return fresh, forgetful, jnp.where(dead, 0, since), dead.sum(dtype=jnp.int32)
+
+    due = ((state.step + 1) % numbers.resample_every == 0) & dead.any()
+    return jax.lax.cond(due, begin_again, lambda: (params, opt_state, since, jnp.int32(0)))

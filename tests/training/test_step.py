@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from dlmscope_jax.dictionaries import TopK
+from dlmscope_jax.dictionaries import LossSettings, TopK
 from dlmscope_jax.training import TrainSpec, init_state, learning_rate, make_step
 
 from .conftest import assert_same_bits, small_spec, sparse_rows
@@ -147,11 +147,22 @@ def test_rows_of_any_float_dtype_are_read():
     assert losses[0] != losses[1]
 
 
-def test_sites_and_seeds_share_one_program_and_shapes_do_not():
-    spec = small_spec()
-    assert make_step(spec) is make_step(small_spec(site="resid_post@3", seed=5, sample_rows=7))
-    assert make_step(spec) is not make_step(small_spec(dictionary=TopK(16, 64, 5)))
-    assert make_step(spec) is not make_step(small_spec(lr=1e-3))
+def test_trainings_that_differ_in_numbers_share_one_program():
+    rows, _ = sparse_rows(320)
+    settings = LossSettings(aux=0.5)
+    specs = [
+        small_spec(ema=0.9, k_start=8, resample_every=9),
+        small_spec(ema=0.5, k_start=8, k_anneal_steps=2, resample_every=3, dictionary=TopK(16, 64, 2), site="resid_post@3", seed=5),
+        small_spec(ema=0.9, k_start=8, resample_every=9, lr=1e-3, warmup_steps=3, decay_start=0.5, steps=99, clip=None, settings=settings),
+        small_spec(ema=0.9, k_start=8, resample_every=9, dead_rows=64, sparsity_warmup=3, entropy_start=2, init_seed=4),
+    ]
+    step = make_step(specs[0])
+    for spec in specs:
+        assert make_step(spec) is step
+        step(init_state(spec, sample=rows[:256]), rows[:64])
+        assert step._cache_size() == 1
+    assert make_step(small_spec(dictionary=TopK(16, 64, 5))) is not step
+    assert make_step(small_spec(optimizer="lion")) is not step
 
 
 def test_the_state_is_donated():

@@ -86,7 +86,19 @@ def test_metrics_are_means_over_intervals_without_times(tmp_path):
     lines = read_metrics(trained.path / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 25))
     assert lines[-1]["rows"] == 24 * 64
-    names = {"aux", "dead", "explained_variance", "grad_norm", "l0", "learning_rate", "loss", "reconstruction", "skipped"}
+    names = {
+        "aux",
+        "dead",
+        "explained_variance",
+        "grad_norm",
+        "l0",
+        "learning_rate",
+        "loss",
+        "loss_aux",
+        "loss_reconstruction",
+        "reconstruction",
+        "skipped",
+    }
     assert all(set(line) == {"step", "rows"} | names for line in lines)
     assert lines[-1]["reconstruction"] < 0.7 * lines[0]["reconstruction"]
 

@@ -1,0 +1,56 @@
+"""Resampling: dead latents begin again in the direction of rows that are reconstructed badly (Bricken et al. 2023).
+
+Each dead latent draws a row with probability proportional to the square of the row's loss. Its decoder row becomes the unit
+vector of what the dictionary adds to its biases there, its encoder row points to the centred input with 0.2 of the mean
+norm of the live ones, its biases are 0, and the optimiser forgets it.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from dlmscope_jax.dictionaries import Dictionary, unit_rows
+
+_ENCODER_SHARE = 0.2
+_BIASES = ("b_enc", "b_gate", "b_mag", "r_mag")
+_NOT_OF_LATENTS = ("b_dec", "b_in", "W_skip")
+
+
+def resample(
+    dictionary: Dictionary,
+    key: Array,
+    params: dict,
+    opt_state: Any,
+    x: Float[Array, "B D"],
+    target: Float[Array, "B D_out"] | None,
+    dead: Bool[Array, " N"],
+) -> tuple[dict, Any]:
+    """Parameters and optimiser state in which the ``dead`` latents begin again; the others are untouched.
+
+    Args:
+      key: of the draw.
+      x, target: rows of one batch in training units; ``target`` is None for an autoencoder.
+    """
+    inputs, outputs, error = dictionary.row_errors(params, x, target)
+    drawn = jax.random.categorical(key, 2.0 * jnp.log(error + 1e-30), shape=dead.shape)
+    live = jnp.where(dead, 0.0, jnp.linalg.norm(params["W_enc"], axis=1)).sum() / jnp.maximum(1, (~dead).sum())
+    length = _ENCODER_SHARE * jnp.where(dead.all(), 1.0, live)
+    fresh = {
+        "W_enc": length * unit_rows(inputs[drawn]),
+        "W_dec": unit_rows(outputs[drawn]),
+        **{name: jnp.zeros_like(params[name]) for name in _BIASES if name in params},
+    }
+    fresh = {name: jnp.where(_rows(dead, value), value, params[name]) for name, value in fresh.items()}
+
+    def forget(path: Any, leaf: Array) -> Array:
+        name = getattr(path[-1], "key", None) if path else None
+        of_latents = name in params and name not in _NOT_OF_LATENTS and leaf.shape[:1] == dead.shape
+        return jnp.where(_rows(dead, leaf), jnp.zeros_like(leaf), leaf) if of_latents else leaf
+
+    return {**params, **fresh}, jax.tree_util.tree_map_with_path(forget, opt_state)
+
+
+def _rows(dead: Bool[Array, " N"], leaf: Array) -> Array:
+    return dead.reshape(-1, *[1] * (leaf.ndim - 1))
