@@ -74,7 +74,8 @@ def collect_records(
         raise UserError(f"dictionary for {meta.site}: no latent fires on any {counted.select} row of this store")
     if chosen.min() < 0 or chosen.max() >= spec.width:
         raise UserError(f"latents {chosen.min()} to {chosen.max()}: this dictionary has 0 to {spec.width - 1}")
-    rows, values = _where_they_fire(spec, weights, store, meta.site, chosen, batch_size, progress)
+    usual = None if counted.usual is None else counted.usual[chosen]
+    rows, values = _where_they_fire(spec, weights, store, meta.site, chosen, usual, batch_size, progress)
     text = _Text(store, own_rows(store, meta.select), documents)
     lens = _lens(model, params, spec, weights, chosen)
     near = _neighbours(spec, weights, chosen)
@@ -116,12 +117,20 @@ def stratified(counted: Firing, n: int, seed: int) -> Int[np.ndarray, " n"]:
 
 
 def _where_they_fire(
-    spec: Any, params: Any, store: Any, site: str, latents: np.ndarray, batch_size: int, progress: Callable[[int], None] | None
+    spec: Any,
+    params: Any,
+    store: Any,
+    site: str,
+    latents: np.ndarray,
+    usual: np.ndarray | None,
+    batch_size: int,
+    progress: Callable[[int], None] | None,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """For each latent the rows where it fires, ascending, and its activations there."""
+    """For each latent the rows where it fires, ascending, and its activations there (1 where a bit has its rarer value)."""
     found = []
     for start, stop, x in batches_of(store, site, batch_size):
         active = np.asarray(_activations(spec, params, x, jnp.asarray(latents, jnp.int32)))[: stop - start]
+        active = active if usual is None else ((active != 0) != usual).astype(np.float32)
         where, which = np.nonzero(active)
         found.append((where + start, which, active[where, which]))
         if progress:
@@ -190,7 +199,7 @@ def _windows(
 ) -> tuple[Window, ...]:
     """Windows about own rows only; the activations inside them are those of all rows."""
     peaks, heights = rows[own], values[own]
-    order = np.argsort(-heights, kind="stable")
+    order = np.argsort(-np.abs(heights), kind="stable")
     taken: list[int] = []
     for i in order:
         if len(taken) == top:

@@ -42,20 +42,23 @@ def replacements(
     means: Float[Array, "2 D"],
     keys: Array,
     where: Bool[Array, "B T"],
+    read: Float[Array, "B T D_in"] | None = None,
 ) -> Float[Array, "C B T D"]:
     """The values of every condition, in the order of ``CONDITIONS``; positions outside ``where`` keep ``x``.
 
     Args:
       spec: the dictionary's description; static.
       params, untrained: its parameters, and those of an untrained one of the same shape.
-      x: activations at the site.
+      x: activations at the site that the dictionary writes.
       is_masked: the mask state of each position.
       means: rows 0 visible, 1 masked.
       keys: [B] keys of the noise.
       where: positions that are replaced.
+      read: what a transcoder reads; None: ``x``.
     """
     x = x.astype(jnp.float32)
-    spliced = spec.reconstruct(params, x).astype(jnp.float32)
+    read = x if read is None else read.astype(jnp.float32)
+    spliced = spec.reconstruct(params, read).astype(jnp.float32)
     values = jnp.stack(
         [
             x,
@@ -63,7 +66,7 @@ def replacements(
             jnp.zeros_like(x),
             mean_by_state(is_masked, means.astype(jnp.float32)),
             x + matched_noise(keys, x - spliced),
-            spec.reconstruct(untrained, x).astype(jnp.float32),
+            spec.reconstruct(untrained, read).astype(jnp.float32),
         ]
     )
     return jnp.where(where[None, :, :, None], values, x[None])

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from dlmscope_jax.dictionaries import RowSparse
 from dlmscope_jax.errors import UserError
-from dlmscope_jax.models import canonical_site
 
-from .match import Dictionary, check_match, raw
+from .match import Dictionary, check_match, raw, stored_as
 
 RATE_EDGES = tuple(round(0.1 * i, 1) for i in range(11))
 _BINS = len(RATE_EDGES)  # ten, and one for rows without a rate
@@ -22,14 +22,15 @@ BATCH = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Firing:
-    """Counts over a store.
+    """Counts over a store. A latent fires where its activation is not 0; a bit where it has the value that it has more rarely.
 
     Attributes:
       counts: [rate bin, state, own, N]; state 1 is masked; own 1 are rows of the kind that the dictionary was trained on;
         the last rate bin holds rows without a rate.
       rows: [rate bin, state, own], the rows behind them.
-      largest, total: [N] largest and summed activation over own rows.
+      largest, total: [N] the activation of largest size, with its sign, and their sum over own rows; of bits, of ``fires``.
       select: the kind of own rows.
+      usual: [N] for binary codes: bits that are 1 in more than half of the own rows, so that a 0 is the event; None for others.
     """
 
     counts: Int[np.ndarray, "R 2 2 N"]
@@ -37,6 +38,7 @@ class Firing:
     largest: Float[np.ndarray, " N"]
     total: Float[np.ndarray, " N"]
     select: str
+    usual: Bool[np.ndarray, " N"] | None = None
 
     @property
     def n_rows(self) -> int:
@@ -106,19 +108,30 @@ def firing(
     bins[bins < 0] = _BINS - 1
     group = ((bins * 2 + masked) * 2 + own).astype(np.int32)
     counts = jnp.zeros((_BINS * 4 + 1, spec.width), jnp.int32)  # the last line takes what only fills up a batch
-    largest, total = np.zeros(spec.width, np.float32), np.zeros(spec.width)
+    most, least, total = np.zeros(spec.width, np.float32), np.zeros(spec.width, np.float32), np.zeros(spec.width)
     for start, stop, x in batches_of(store, meta.site, batch_size):
         padded = np.full(batch_size, _BINS * 4, np.int32)
         padded[: stop - start] = group[start:stop]
-        counts, most, added = _count(spec, params, x, padded, counts)
-        largest, total = np.maximum(largest, np.asarray(most)), total + np.asarray(added, np.float64)
+        counts, highest, lowest, added = _count(spec, params, x, padded, counts)
+        most, least = np.maximum(most, np.asarray(highest)), np.minimum(least, np.asarray(lowest))
+        total += np.asarray(added, np.float64)
         if progress:
             progress(stop - start)
     shape = (_BINS, 2, 2)
-    return Firing(
-        np.asarray(counts, np.int64)[:-1].reshape(*shape, spec.width), np.bincount(group, minlength=_BINS * 4).reshape(shape),
-        largest, total, meta.select or "all",
-    )  # fmt: skip
+    rows = np.bincount(group, minlength=_BINS * 4).reshape(shape)
+    found = np.asarray(counts, np.int64)[:-1].reshape(*shape, spec.width)
+    largest, usual = np.where(most >= -least, most, least), None
+    if is_binary(spec):
+        usual = 2 * found[:, :, 1].sum(axis=(0, 1)) > own.sum()
+        found = np.where(usual, rows[..., None] - found, found)
+        total = found[:, :, 1].sum(axis=(0, 1)).astype(np.float64)
+        largest = (total > 0).astype(np.float32)
+    return Firing(found, rows, largest, total, meta.select or "all", usual)
+
+
+def is_binary(spec: Any) -> bool:
+    """Whether the codes of a dictionary are bits, of which neither value is the active one by itself."""
+    return getattr(spec, "KIND", None) == "binary"
 
 
 def own_rows(store: Any, select: str | None) -> Bool[np.ndarray, " rows"]:
@@ -141,7 +154,7 @@ def own_rows(store: Any, select: str | None) -> Bool[np.ndarray, " rows"]:
 
 def batches_of(store: Any, site: str, batch_size: int) -> Iterator[tuple[int, int, Float[np.ndarray, "b D"]]]:
     """``(start, stop, rows)`` through a store in order, float32, the last batch filled up with zero rows."""
-    read_as = next(name for name in store.sites if canonical_site(name) == canonical_site(site))
+    read_as = stored_as(store, site)
     for start in range(0, store.rows, batch_size):
         stop = min(start + batch_size, store.rows)
         x = np.zeros((batch_size, store.sites[read_as]), np.float32)
@@ -156,17 +169,19 @@ def _column(store: Any, name: str, default: Any) -> np.ndarray:
 @functools.partial(jax.jit, static_argnames="spec")
 def _count(
     spec: Any, params: Any, x: Float[Array, "b D"], group: Int[Array, " b"], counts: Int[Array, "G N"]
-) -> tuple[Int[Array, "G N"], Float[Array, " N"], Float[Array, " N"]]:
+) -> tuple[Int[Array, "G N"], Float[Array, " N"], Float[Array, " N"], Float[Array, " N"]]:
+    """Counts by group, and over own rows the highest, the lowest (0 at least and at most) and the summed activations."""
     codes = spec.encode(params, x)
     own = ((group % 2 == 1) & (group < counts.shape[0] - 1))[:, None]
-    if not hasattr(codes, "indices"):
-        active = spec.dense(codes)
+    if not isinstance(codes, RowSparse):
+        active = spec.dense(codes).astype(jnp.float32)
         kept = jnp.where(own, active, 0.0)
-        return counts.at[group].add((active > 0).astype(jnp.int32)), kept.max(axis=0), kept.sum(axis=0)
+        return counts.at[group].add((active != 0).astype(jnp.int32)), kept.max(axis=0), kept.min(axis=0), kept.sum(axis=0)
     kept = jnp.where(own, codes.values, 0.0)
     empty = jnp.zeros(counts.shape[1], jnp.float32)
     return (
-        counts.at[group[:, None], codes.indices].add((codes.values > 0).astype(jnp.int32)),
+        counts.at[group[:, None], codes.indices].add((codes.values != 0).astype(jnp.int32)),
         empty.at[codes.indices].max(kept),
+        empty.at[codes.indices].min(kept),
         empty.at[codes.indices].add(kept),
     )

@@ -11,10 +11,10 @@ from jaxtyping import Array, Bool, Float
 
 from dlmscope_jax.dictionaries import StreamingFidelity
 from dlmscope_jax.errors import UserError
-from dlmscope_jax.models import canonical_site
 
+from .densities import is_binary
 from .intervals import bootstrap
-from .match import Dictionary, check_match, raw
+from .match import Dictionary, check_match, output_width, place, raw, stored_as, written_site
 
 VERSION = 1
 ROWS_FOR_DEAD = 100_000  # METHODS.md: with fewer rows, "never fired" says little about a rare latent
@@ -34,8 +34,8 @@ def evaluate(
     """Held-out L0, explained variance, cosine, dead and dense shares (definitions: METHODS.md, "Dictionaries").
 
     Args:
-      dictionary: ``(spec, params, meta)``.
-      store: an ``ActivationStore`` of test rows that holds the dictionary's site.
+      dictionary: ``(spec, params, meta)``; a transcoder is compared with the rows of the site that it writes.
+      store: an ``ActivationStore`` of test rows that holds the dictionary's site, and a transcoder's target.
       batch_size: rows at a time; results do not depend on it beyond rounding.
       seed: of the bootstrap.
       force: go on in spite of a mismatch between the dictionary and the store; the mismatch is then in the result.
@@ -45,35 +45,42 @@ def evaluate(
       A dict for ``json``: ``sets`` {"all", and "masked", "visible", "predicting" where there are such rows: what
       ``StreamingFidelity.finish`` gives, with ``by_rate``, and ``intervals`` {explained_variance, l0, cosine} over documents}; ``own``, the
       set that the dictionary was trained on, where its dead share counts; ``enough_rows``, whether that set has the
-      100,000 rows that a statement about dead latents needs. The interval of explained variance holds the mean fixed.
+      100,000 rows that a statement about dead latents needs. The interval of explained variance holds the mean fixed. Of binary codes
+      the rarer value of each latent within a set is what counts as active; the interval of L0 holds fixed which one that is.
 
     Raises:
       UserError: when the store does not hold the site at this width, or (without ``force``) another model wrote it.
     """
     forced = check_match(dictionary, store=store, force=force)
     spec, params, meta = raw(dictionary)
-    site = canonical_site(meta.site)
-    read_as = next(name for name in store.sites if canonical_site(name) == site)
+    read_as, written_as = stored_as(store, meta.site), stored_as(store, written_site(dictionary))
     columns = {name: store.column(name) for name in _COLUMNS if name in store.columns}
     groups = _groups(columns, store.rows)
     own = meta.select or "all"
     if own not in groups:
         raise UserError(f"dictionary for {meta.site}: it was trained on {own} rows and the store has none of them")
-    states = {name: StreamingFidelity.init(spec.width, spec.d_in) for name in groups}
-    tally = _ByDocument(columns.get("document"), list(groups), spec.d_in)
+    width = output_width(spec)
+    states = {name: StreamingFidelity.init(spec.width, width) for name in groups}
+    tally = _ByDocument(columns.get("document"), list(groups), width)
+    usual = _usual(spec, params, store, read_as, groups, batch_size) if is_binary(spec) else None
     for start in range(0, store.rows, batch_size):
         stop = min(start + batch_size, store.rows)
         x = _filled(store.read(read_as, start, stop).astype(np.float32), batch_size)
+        y = x if written_as == read_as else _filled(store.read(written_as, start, stop).astype(np.float32), batch_size)
         take = lambda column: _filled(column[start:stop], batch_size)  # noqa: B023, E731
         valid = {name: take(chosen) for name, chosen in groups.items()}
         rate, position = (take(columns[name]) if name in columns else None for name in ("rate", "position"))
-        states, per_row = _add(states, spec, params, x, rate, position, valid)
-        tally.add(slice(start, stop), x[: stop - start], {k: v[: stop - start] for k, v in valid.items()}, [np.asarray(a) for a in per_row])
+        states, (error, cosine, active) = _add(states, spec, params, x, y, rate, position, valid, usual)
+        tally.add(
+            slice(start, stop), y[: stop - start], {k: v[: stop - start] for k, v in valid.items()}, np.asarray(error), np.asarray(cosine),
+            {k: np.asarray(v) for k, v in active.items()},
+        )  # fmt: skip
         if progress:
             progress(stop - start)
     sets = {name: {**state.finish(), "intervals": tally.intervals(name, seed)} for name, state in states.items()}
     return {
-        "kind": "fidelity", "version": VERSION, "model": meta.model, "site": site, "k": getattr(spec, "k", None), "width": spec.width,
+        "kind": "fidelity", "version": VERSION, "model": meta.model, "site": place(meta.site), "target": written_site(dictionary),
+        "architecture": getattr(spec, "KIND", None), "k": getattr(spec, "k", None), "width": spec.width,
         "own": own, "enough_rows": sets[own]["rows"] >= ROWS_FOR_DEAD, "rows_needed_for_dead": ROWS_FOR_DEAD,
         "side": (store.meta.get("blocks") or {}).get("side"), "forced": list(forced), "seed": seed, "sets": sets,
     }  # fmt: skip
@@ -98,22 +105,49 @@ def _filled(values: np.ndarray, size: int) -> np.ndarray:
     return np.concatenate([values, np.zeros((size - len(values), *values.shape[1:]), values.dtype)])
 
 
+def _usual(
+    spec: Any, params: Any, store: Any, site: str, groups: dict[str, Bool[np.ndarray, " rows"]], batch_size: int
+) -> dict[str, Bool[Array, " N"]]:
+    """For each set of rows, which bits are on in more than half of them."""
+    counts = {name: np.zeros(spec.width, np.int64) for name in groups}
+    for start in range(0, store.rows, batch_size):
+        stop = min(start + batch_size, store.rows)
+        x = _filled(store.read(site, start, stop).astype(np.float32), batch_size)
+        for name, found in _on(spec, params, x, {k: _filled(chosen[start:stop], batch_size) for k, chosen in groups.items()}).items():
+            counts[name] += np.asarray(found)
+    return {name: jnp.asarray(2 * counts[name] > chosen.sum()) for name, chosen in groups.items()}
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _on(spec: Any, params: Any, x: Float[Array, "b D"], valid: dict[str, Bool[Array, " b"]]) -> dict[str, Array]:
+    codes = spec.encode(params, x)
+    return {name: codes.fired(spec.width, chosen) for name, chosen in valid.items()}
+
+
 @functools.partial(jax.jit, static_argnames="spec")
 def _add(
     states: dict[str, StreamingFidelity],
     spec: Any,
     params: Any,
     x: Float[Array, "b D"],
+    y: Float[Array, "b D_out"],
     rate: Float[Array, " b"] | None,
     position: Any,
     valid: dict[str, Bool[Array, " b"]],
-) -> tuple[dict[str, StreamingFidelity], tuple[Array, Array, Array]]:
+    usual: dict[str, Bool[Array, " N"]] | None = None,
+) -> tuple[dict[str, StreamingFidelity], tuple[Array, Array, dict[str, Array]]]:
+    """The sums so far, and of each row its squared error, its cosine and (as each set counts them) its active latents."""
     codes = spec.encode(params, x)
     output = spec.decode(params, codes, x=x)
-    states = {name: state.add(x, output, codes, rate, position, valid[name]) for name, state in states.items()}
-    product = jnp.linalg.norm(x, axis=1) * jnp.linalg.norm(output, axis=1)
-    cosine = jnp.where(product > 0, (x * output).sum(axis=1) / jnp.where(product > 0, product, 1.0), 0.0)
-    return states, (jnp.square(x - output).sum(axis=1), codes.count(), cosine)
+    states = {name: state.add(y, output, codes, rate, position, valid[name]) for name, state in states.items()}
+    product = jnp.linalg.norm(y, axis=1) * jnp.linalg.norm(output, axis=1)
+    cosine = jnp.where(product > 0, (y * output).sum(axis=1) / jnp.where(product > 0, product, 1.0), 0.0)
+    if usual is None:
+        active = dict.fromkeys(valid, codes.count())
+    else:
+        on = spec.dense(codes) != 0
+        active = {name: (on != usual[name]).sum(axis=1, dtype=jnp.int32) for name in valid}
+    return states, (jnp.square(y - output).sum(axis=1), cosine, active)
 
 
 class _ByDocument:
@@ -125,20 +159,28 @@ class _ByDocument:
             names, units = np.unique(documents, return_inverse=True)
             self.units = units % _MAX_UNITS
             n = min(len(names), _MAX_UNITS)
-            self.scalars = {name: np.zeros((n, 5)) for name in sets}  # rows, error, |x - shift|^2, active, cosine
-            self.first = {name: np.zeros((n, width)) for name in sets}  # sum of x - shift
+            self.scalars = {name: np.zeros((n, 5)) for name in sets}  # rows, error, |y - shift|^2, cosine, active
+            self.first = {name: np.zeros((n, width)) for name in sets}  # sum of y - shift
         self.shift: np.ndarray | None = None
 
-    def add(self, rows: slice, x: np.ndarray, valid: dict[str, np.ndarray], per_row: list[np.ndarray]) -> None:
+    def add(
+        self,
+        rows: slice,
+        y: np.ndarray,
+        valid: dict[str, np.ndarray],
+        error: np.ndarray,
+        cosine: np.ndarray,
+        active: dict[str, np.ndarray],
+    ) -> None:
         if self.units is None:
             return
         if self.shift is None:  # activations have means far larger than their spread: sums about zero would cancel
-            self.shift = x.mean(axis=0, dtype=np.float64)
-        centred, units = x - self.shift, self.units[rows]
-        error, active, cosine = (values[: len(x)].astype(np.float64) for values in per_row)
-        columns = np.stack([np.ones(len(x)), error, np.square(centred).sum(axis=1), active, cosine], axis=1)
+            self.shift = y.mean(axis=0, dtype=np.float64)
+        centred, units = y - self.shift, self.units[rows]
+        shared = [np.ones(len(y)), error[: len(y)], np.square(centred).sum(axis=1), cosine[: len(y)]]
         for name, chosen in valid.items():
             if chosen.any():
+                columns = np.stack([*shared, active[name][: len(y)]], axis=1).astype(np.float64)
                 order = np.argsort(units[chosen], kind="stable")
                 found, begin = np.unique(units[chosen][order], return_index=True)
                 self.scalars[name][found] += np.add.reduceat(columns[chosen][order], begin, axis=0)
@@ -147,7 +189,7 @@ class _ByDocument:
     def intervals(self, name: str, seed: int) -> dict[str, dict]:
         if self.units is None:
             return {}
-        rows, error, square, active, cosine = self.scalars[name].T
+        rows, error, square, cosine, active = self.scalars[name].T
         mean = self.first[name].sum(axis=0) / rows.sum()
         spread = square - 2 * self.first[name] @ mean + rows * (mean @ mean)
         return {

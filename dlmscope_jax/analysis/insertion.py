@@ -17,12 +17,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dlmscope_jax.diffusion import align_logits, corrupt, predicts_next
 from dlmscope_jax.errors import UserError
-from dlmscope_jax.models import Edit, canonical_site, model_identity, parse_site, site_rows
+from dlmscope_jax.models import Edit, model_identity, parse_site, site_rows
 from dlmscope_jax.models.sites import BLOCK_SITES
 
 from .controls import CONDITIONS, block_keys, replacements
 from .intervals import bootstrap, sum_by
-from .match import Dictionary, check_match, raw
+from .match import Dictionary, check_match, is_transcoder, place, raw, written_site
 
 RATES = tuple(round(0.05 + 0.1 * i, 2) for i in range(10))
 VERSION = 1
@@ -51,6 +51,9 @@ def delta_losses(
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, dict]:
     """Loss, KL and agreement with every dictionary spliced in, and with the controls in its place.
+
+    An autoencoder's reconstruction takes the place of what it read; what a transcoder makes of its input takes the place of the
+    activations that it was trained to produce (``mlp_out`` of the layer whose ``mlp_in`` it reads), and so do its controls.
 
     A diffusion model is scored at exact-count corruption rates: sum of cross-entropies over masked tokens divided by
     their number, no 1/t weight, logits shifted where the model shifts. Every condition of a block sees the same masks.
@@ -93,8 +96,9 @@ def delta_losses(
     forced = {name: check_match(d, model=model, identity=identity, force=force) for name, d in dictionaries.items()}
     dictionaries = {name: raw(dictionary) for name, dictionary in dictionaries.items()}
     padded = bool((np.asarray(blocks.documents) < 0).any())
-    plans = {name: _Plan.make(model, params, canonical_site(meta.site, model.config)) for name, (_, _, meta) in dictionaries.items()}
-    collect = tuple(sorted({site for plan in plans.values() for site in plan.taps}))
+    plans = {name: _Plan.make(model, params, written_site(d, model.config)) for name, d in dictionaries.items()}
+    reads = {name: place(meta.site, model.config) for name, (_, _, meta) in dictionaries.items()}
+    collect = tuple(sorted({site for name, plan in plans.items() for site in (reads[name], *plan.taps)}))
     batches = _Batches(blocks, batch_size, diffusion, jax.random.fold_in(jax.random.key(seed), 0), padded)
     source = (
         batches
@@ -103,7 +107,10 @@ def delta_losses(
     )
     means, samples = _calibrate(model, params, source, rates, collect)
     fresh = jax.random.fold_in(jax.random.key(seed), 2)
-    untrained = {name: spec.init(fresh, samples[plans[name].site]) for name, (spec, _, _) in dictionaries.items()}
+    untrained = {}
+    for name, (spec, _, _) in dictionaries.items():
+        inputs = {"inputs": samples[reads[name]]} if is_transcoder(spec) else {}
+        untrained[name] = spec.init(fresh, samples[plans[name].site], **inputs)
     tallies = {name: _Tally(blocks, len(rates), positions) for name in dictionaries}
     noise_key = jax.random.fold_in(jax.random.key(seed), 1)
     for r, rate in enumerate(rates):
@@ -118,6 +125,7 @@ def delta_losses(
                     plan.model, spec, plan.edit_site, plan.params, weights, untrained[name],
                     batch["tokens"] if plan.reads_tokens else jnp.zeros_like(batch["tokens"]), batch["attention"],
                     taps.get(plan.entry), taps[plan.site], is_masked, means[plan.site], keys, where,
+                    taps[reads[name]] if reads[name] != plan.site else None,
                 )  # fmt: skip
                 scores = _score(model, params, hidden, batch["targets"], batch["scored"])
                 tallies[name].add(r, batch, *(np.asarray(a) for a in (*scores, size)))
@@ -132,8 +140,8 @@ def delta_losses(
     }  # fmt: skip
     results = {}
     for name, (spec, _, meta) in dictionaries.items():
-        own = {"model": meta.model, "site": plans[name].site, "k": getattr(spec, "k", None), "forced": list(forced[name])}
-        results[name] = {**common, **own, **tallies[name].result(rates, seed)}
+        about = {"model": meta.model, "site": reads[name], "target": plans[name].site, "k": getattr(spec, "k", None)}
+        results[name] = {**common, **about, "forced": list(forced[name]), **tallies[name].result(rates, seed)}
     return results
 
 
@@ -264,9 +272,10 @@ def _conditions(
     means: Float[Array, "2 D"],
     keys: Array,
     where: Bool[Array, "B T"],
+    read: Float[Array, "B T D_in"] | None = None,
 ) -> tuple[Float[Array, "C B T D"], Float[Array, "C B T"]]:
     """What the head reads under every condition, and each row's ``||value - x|| / ||x||``."""
-    values = replacements(spec, weights, untrained, x, is_masked, means, keys, where)
+    values = replacements(spec, weights, untrained, x, is_masked, means, keys, where, read)
 
     def run(value: Array) -> Array:
         edits = () if site is None else (Edit("set", site, value),)

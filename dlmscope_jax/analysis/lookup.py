@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dlmscope_jax.data import Tokenizer, load_tokenizer
+from dlmscope_jax.dictionaries import RowSparse
 from dlmscope_jax.diffusion import corrupt
 from dlmscope_jax.errors import UserError
 from dlmscope_jax.models import canonical_site, model_identity, parse_site, site_rows
@@ -40,7 +41,7 @@ def latents_for(
       text: the text; the tokenizer's own special tokens are put around it, and a mask spelled out in it is a mask.
       rate: corruption rate; an exact share of the tokens is masked. 0 for an autoregressive model.
       seed: of the masks.
-      top: latents given for each token (at most those that fire), and for the whole text.
+      top: latents given for each token (at most those that fire), and for the whole text; the largest in size, with their sign.
       tokenizer: default the one of ``meta.model``, if the dictionary's card names one that can be loaded.
       force: go on in spite of a mismatch.
 
@@ -70,12 +71,12 @@ def latents_for(
     name, layer = parse_site(site, model.config)
     x = site_rows(model.apply(params, tokens, logits=False, collect=(site,)).taps[name][layer])
     values, indices = (np.asarray(a) for a in _largest(spec, weights, x[0].astype(jnp.float32), min(top, spec.width)))
-    active = [[[int(i), round(float(v), 5)] for v, i in zip(*row, strict=True) if v > 0] for row in zip(values, indices, strict=True)]
-    fired = sorted((-value, position, int(latent)) for position, row in enumerate(active) for latent, value in row)
-    tokens_of = collections.Counter(latent for _, _, latent in fired)
+    active = [[[int(i), round(float(v), 5)] for v, i in zip(*row, strict=True) if v != 0] for row in zip(values, indices, strict=True)]
+    fired = sorted((-abs(value), position, int(latent), value) for position, row in enumerate(active) for latent, value in row)
+    tokens_of = collections.Counter(latent for _, _, latent, _ in fired)
     strongest: dict[int, dict[str, Any]] = {}
-    for value, position, latent in fired:
-        strongest.setdefault(latent, {"latent": latent, "max": -value, "position": position, "tokens": tokens_of[latent]})
+    for _, position, latent, value in fired:
+        strongest.setdefault(latent, {"latent": latent, "max": value, "position": position, "tokens": tokens_of[latent]})
     read = np.asarray(tokens)[0].tolist()
     return {
         "kind": "latents_for", "version": VERSION, "model": meta.model, "site": site, "rate": float(rate), "seed": seed,
@@ -88,10 +89,12 @@ def latents_for(
 @functools.partial(jax.jit, static_argnames=("spec", "top"))
 def _largest(spec: Any, params: Any, x: Float[Array, "T D"], top: int) -> tuple[Float[Array, "T top"], Int[Array, "T top"]]:
     codes = spec.encode(params, x)
-    if not hasattr(codes, "indices"):
-        return jax.lax.top_k(spec.dense(codes), top)
-    values, order = jax.lax.top_k(codes.values, min(top, codes.values.shape[-1]))
-    return values, jnp.take_along_axis(codes.indices, order, axis=-1)
+    if isinstance(codes, RowSparse):
+        _, order = jax.lax.top_k(jnp.abs(codes.values), min(top, codes.values.shape[-1]))
+        return tuple(jnp.take_along_axis(part, order, axis=-1) for part in (codes.values, codes.indices))
+    values = spec.dense(codes).astype(jnp.float32)
+    _, order = jax.lax.top_k(jnp.abs(values), top)
+    return jnp.take_along_axis(values, order, axis=-1), order
 
 
 def _tokenizer_of(meta: Any) -> Tokenizer:

@@ -10,17 +10,59 @@ Dictionary = tuple[Any, Any, Any]  # (spec, params, meta), as load_dictionary re
 
 
 def raw(dictionary: Dictionary) -> Dictionary:
-    """The dictionary with parameters that act on raw activations: what was trained on scaled rows is folded here, once.
-
-    Raises:
-      UserError: for a transcoder, which does not reconstruct what it reads.
-    """
+    """The dictionary with parameters that act on raw activations: what was trained on scaled rows is folded here, once."""
     spec, params, meta = dictionary
-    if getattr(spec, "d_out", None) not in (None, spec.d_in):
-        raise UserError(f"dictionary for {meta.site}: it is a transcoder ({spec.d_in} to {spec.d_out}); this needs an autoencoder")
     if getattr(meta, "scale_folded", True):
         return spec, params, meta
-    return spec, spec.fold(params, meta.input_scale), dataclasses.replace(meta, scale_folded=True)
+    return spec, spec.fold(params, meta.input_scale, _extra(meta).get("output_scale")), dataclasses.replace(meta, scale_folded=True)
+
+
+def place(site: str, config: Any = None) -> str:
+    """The one spelling of a site. Without a model at hand, rows that no model made (``"rows@0"``) keep the name that they have.
+
+    Raises:
+      UserError: a site that the model ``config`` does not have.
+    """
+    try:
+        return canonical_site(site, config)
+    except UserError:
+        if config is not None:
+            raise
+        return site
+
+
+def is_transcoder(spec: Any) -> bool:
+    """Whether a dictionary writes something else than what it reads."""
+    return getattr(spec, "d_out", None) is not None
+
+
+def written_site(dictionary: Dictionary, config: Any = None) -> str:
+    """Where a dictionary writes: the site that it reads, or a transcoder's target as its card states it.
+
+    Raises:
+      UserError: a transcoder whose card does not say.
+    """
+    spec, _, meta = dictionary
+    if not is_transcoder(spec):
+        return place(meta.site, config)
+    target = getattr(meta, "target", None) or _extra(meta).get("target") or (_extra(meta).get("training") or {}).get("target")
+    if not target:
+        raise UserError(f"dictionary for {meta.site}: a transcoder whose card does not say what it writes: set meta.extra['target']")
+    return place(target, config)
+
+
+def output_width(spec: Any) -> int:
+    """Width of the rows that a dictionary writes."""
+    return spec.d_out if is_transcoder(spec) else spec.d_in
+
+
+def stored_as(store: Any, site: str) -> str:
+    """The name under which a store holds a site."""
+    return next(name for name in store.sites if place(name) == place(site))
+
+
+def _extra(meta: Any) -> dict[str, Any]:
+    return getattr(meta, "extra", None) or {}
 
 
 def check_match(
@@ -54,22 +96,25 @@ def check_match(
     """
     spec, _, meta = dictionary
     config = None if model is None else model.config
-    site, trained = canonical_site(site or meta.site, config), canonical_site(meta.site, config)
+    site, trained = place(site or meta.site, config), place(meta.site, config)
+    ends = {site: spec.d_in} | ({written_site(dictionary, config): spec.d_out} if is_transcoder(spec) else {})
     found = []
     if site != trained:
         found.append(f"it was trained at {meta.site}, not {site}")
-    if model is not None and site_width(site, model.config) != spec.d_in:
-        raise UserError(f"dictionary for {meta.site}: width {spec.d_in}, but {site} of this model has {site_width(site, model.config)}")
+    for end, width in ends.items() if model is not None else ():
+        if site_width(end, model.config) != width:
+            raise UserError(f"dictionary for {meta.site}: width {width}, but {end} of this model has {site_width(end, model.config)}")
     if model is not None and meta.weight_processing and model.config.weight_processing != meta.weight_processing:
         found.append(f"it was trained on {meta.weight_processing} weights, this model has {model.config.weight_processing} ones")
     if identity and meta.model_identity and identity != meta.model_identity:
         found.append(f"it was trained on the model {meta.model} ({meta.model_identity}), not on this one ({identity})")
     if store is not None:
-        widths = {canonical_site(name): width for name, width in dict(store.sites).items()}
-        if site not in widths:
-            raise UserError(f"dictionary for {meta.site}: the store has no site {site}; it has {', '.join(widths)}")
-        if widths[site] != spec.d_in:
-            raise UserError(f"dictionary for {meta.site}: width {spec.d_in}, but {site} in the store has {widths[site]}")
+        widths = {place(name): width for name, width in dict(store.sites).items()}
+        for end, width in ends.items():
+            if end not in widths:
+                raise UserError(f"dictionary for {meta.site}: the store has no site {end}; it has {', '.join(widths)}")
+            if widths[end] != width:
+                raise UserError(f"dictionary for {meta.site}: width {width}, but {end} in the store has {widths[end]}")
         theirs = store.meta.get("model_identity")
         if theirs and meta.model_identity and theirs != meta.model_identity:
             found.append(f"it was trained on the model {meta.model} ({meta.model_identity}), the store was written by {theirs}")

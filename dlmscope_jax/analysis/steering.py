@@ -14,7 +14,7 @@ from dlmscope_jax.errors import UserError
 from dlmscope_jax.models import Edit, canonical_site, site_rows
 from dlmscope_jax.models.sites import FINAL_SITES
 
-from .match import raw
+from .match import is_transcoder, raw
 
 SCALES = ("row_max", "corpus_max", "unit", "resid_norm")
 VERSION = 1
@@ -35,7 +35,7 @@ class RowMax:
 
     def at(self, x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
         codes = self.spec.encode(self.params, x)
-        largest = jnp.max(codes.values if _row_sparse(codes) else self.spec.dense(codes), axis=-1)
+        largest = codes.largest()
         return largest[..., None] * self.spec.direction(self.params, self.latent).astype(jnp.float32)
 
 
@@ -66,7 +66,7 @@ def steer(
     Args:
       spec, params: the dictionary.
       latent: its latent.
-      site: where to write, ``"resid_post@3"``.
+      site: where to write, ``"resid_post@3"``; for a transcoder what it writes, ``"mlp_out@3"``.
       strength: alpha; negative steers away.
       scale: what alpha multiplies. ``"row_max"``: ``m v`` with ``m`` the largest activation of all latents at that
         position (the paper's rule); ``"corpus_max"``: ``maximum * v``; ``"unit"``: ``v / ||v||``;
@@ -76,12 +76,15 @@ def steer(
         is what ``"masked"`` is elsewhere.
 
     Raises:
-      UserError: for an unknown scale, a latent outside the dictionary, or ``corpus_max`` without a maximum.
+      UserError: for an unknown scale, a latent outside the dictionary, ``corpus_max`` without a maximum, or ``row_max`` with a
+        transcoder, whose activations cannot be read off what it writes.
     """
     if scale not in SCALES:
         raise UserError(f"steer: scale {scale!r} is not known: one of {', '.join(SCALES)}")
     if not 0 <= int(latent) < spec.width:
         raise UserError(f"steer: latent {latent} is not in this dictionary (0 to {spec.width - 1})")
+    if scale == "row_max" and is_transcoder(spec):
+        raise UserError("steer: scale 'row_max' reads activations where it writes, a transcoder reads elsewhere: use corpus_max or unit")
     latent = jnp.int32(latent)
     direction = spec.direction(params, latent).astype(jnp.float32)
     unit = direction / jnp.linalg.norm(direction)
@@ -178,10 +181,6 @@ def _steps_run(trace: Any, sampler: Any) -> int:
         return int(trace.forwards) // (1 + (sampler.cfg_scale > 0))
     last = int(np.asarray(trace.commit_step).max())  # such samplers go on until nothing is unknown, S where something stays so
     return min(last + 1, sampler.n_steps)
-
-
-def _row_sparse(codes: Any) -> bool:
-    return hasattr(codes, "values") and hasattr(codes, "indices")
 
 
 @functools.partial(jax.jit, static_argnames=("model", "collect"))
