@@ -19,7 +19,20 @@ from typing import Any
 
 from dlmscope_jax.errors import UserError
 
-from .formats import dictionary_learning, native, saelens, sparsify
+from .formats import (
+    binary_pt,
+    circuit_tracer,
+    dictionary_learning,
+    gemma_scope,
+    goodfire,
+    llama_scope,
+    native,
+    openai,
+    qwen_scope,
+    saelens,
+    sparsify,
+    transcoder_paper,
+)
 from .meta import DictionaryMeta
 
 # Asked in this order; formats that a configuration names come first, those known by their tensors alone last.
@@ -28,9 +41,17 @@ FORMATS: dict[str, Any] = {
     "dictionary_learning": dictionary_learning,
     "saelens": saelens,
     "sparsify": sparsify,
+    "gemma_scope": gemma_scope,
+    "llama_scope": llama_scope,
+    "circuit_tracer": circuit_tracer,
+    "transcoder_paper": transcoder_paper,
+    "qwen_scope": qwen_scope,
+    "openai": openai,
+    "goodfire": goodfire,
+    "binary": binary_pt,
 }
 CONFIGS = ("config.json", "cfg.json", "hyperparams.json")
-_WEIGHTS = (".safetensors", ".npz", ".pt", ".pkl.gz")
+_WEIGHTS = (".safetensors", ".npz", ".pt", ".pth", ".pkl", ".pkl.gz")
 
 
 def load_dictionary(path: str | Path, subfolder: str | None = None) -> tuple[Any, dict, DictionaryMeta]:

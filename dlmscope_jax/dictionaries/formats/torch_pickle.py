@@ -6,7 +6,7 @@ pickle is a program, so it is read under three restrictions:
 - its opcodes are checked first, against a list and with bounded memo indices (a huge index makes the C unpickler
   allocate memory for it);
 - every name that it asks for must be one of a handful, each of which builds plain data: tensors come out as
-  ``LazyTensor``, device, storage and dtype names as text;
+  ``LazyTensor``, device, storage and dtype names as text, the one class of configurations that published files hold as ``Inert``;
 - a tensor's storage, offset, shape and strides are checked against the bytes in the archive when it is read, before
   anything is allocated. Tensors that nobody reads (an optimiser's, beside the weights) cost nothing.
 
@@ -49,12 +49,14 @@ _DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16
 _OPCODES = frozenset(
     "PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT "
     "BINUNICODE SHORT_BINUNICODE EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT SETITEM SETITEMS "
-    "BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD BINPERSID".split()
+    "BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD NEWOBJ BINPERSID".split()
 )
 
 
 @dataclass(frozen=True)
-class _Storage:
+class Storage:
+    """Where a tensor's numbers lie, as the file claims it."""
+
     kind: Any
     key: Any
     size: Any
@@ -70,6 +72,10 @@ class LazyTensor:
     stride: Any
 
 
+class Inert:
+    """An object of a class that is not here: its attributes as plain data (``vars``), none of its code."""
+
+
 def _rebuild_tensor(storage, offset, shape, stride, *rest):
     return LazyTensor(storage, offset, shape, stride)
 
@@ -79,6 +85,9 @@ def _rebuild_parameter(data, *rest):
 
 
 def _device(*arguments):
+    # text of anything else could be far longer than the file: lists may hold each other many times
+    if not all(isinstance(a, str | int) for a in arguments):
+        raise UserError("names a device that is none")
     return ":".join(str(a) for a in arguments)
 
 
@@ -92,24 +101,30 @@ _CALLABLE: dict[tuple[str, str], Callable] = {
     ("torch", "device"): _device,
     ("torch", "Size"): _size,
 }
+# transcoder_circuits pickles its configuration beside the weights
+_INERT = {("sae_training.config", "LanguageModelSAERunnerConfig")}
 _NAMED = {("torch", name): f"torch.{name}" for name in (*_STORAGES, *_DTYPES)}
 
 
-class _Unpickler(pickle.Unpickler):
+class Unpickler(pickle.Unpickler):
+    """Builds plain data from the allowed names, and nothing else."""
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if (module, name) in _NAMED:
             return _NAMED[module, name]
+        # New objects each time: BUILD may set attributes of what it is given, and ours must stay as they are.
+        if (module, name) in _INERT:
+            return type(name, (Inert,), {})
         if function := _CALLABLE.get((module, name)):
-            # A new object each time: BUILD may set attributes of what it is given, and ours must stay as they are.
             return lambda *arguments: function(*arguments)
         raise UserError(f"asks for {module}.{name}, which a file of tensors does not need; it was not run")
 
-    def persistent_load(self, pid: Any) -> _Storage:
+    def persistent_load(self, pid: Any) -> Storage:
         match pid:
             case ("storage", str() as kind, str() as key, str(), int() as size):
-                return _Storage(kind.removeprefix("torch."), key, size)
+                return Storage(kind.removeprefix("torch."), key, size)
         raise UserError("refers to a storage in a way that is not torch's")
 
 
@@ -138,6 +153,8 @@ class TorchFile:
             if len(pickles) != 1:
                 raise UserError(f"{self.path}: holds {len(pickles)} data.pkl, a file of torch.save has one")
             self._prefix = pickles[0].filename.removesuffix("data.pkl")
+            if "/" in self._prefix[:-1] or self._prefix.startswith((".", "/")):
+                raise UserError(f"{self.path}: its entries lie in {self._prefix!r:.80}, which torch.save never writes")
             order = f"{self._prefix}byteorder"
             if order in self._zip.namelist() and self._bytes(order, 16) != b"little":
                 raise UserError(f"{self.path}: written on a big-endian machine, which is not read")
@@ -165,7 +182,7 @@ class TorchFile:
         Raises:
           UserError: it is no tensor, or claims what no tensor can have.
         """
-        if not isinstance(tensor, LazyTensor) or not isinstance(tensor.storage, _Storage):
+        if not isinstance(tensor, LazyTensor) or not isinstance(tensor.storage, Storage):
             raise UserError(f"{self.path}: {name}: is not a tensor")
         shape, stride, numbers = tensor.shape, tensor.stride, (tensor.offset, tensor.storage.size)
         if not (_naturals(shape) and _naturals(stride) and _naturals(numbers) and len(shape) == len(stride) <= 8):
@@ -183,28 +200,37 @@ class TorchFile:
             return UserError(f"{self.path}: {name}: {what}")
 
         shape = self.shape(tensor, name)
-        kind, key, size = tensor.storage.kind, tensor.storage.key, tensor.storage.size
+        kind, size = tensor.storage.kind, tensor.storage.size
         if not isinstance(kind, str) or kind not in _STORAGES:
             raise wrong("its storage is of a kind that is not read")
         dtype = _STORAGES[kind]
         stride, offset = tensor.stride, tensor.offset
         try:
-            info = self._zip.getinfo(f"{self._prefix}data/{key:.100}")
+            held = self._storage_bytes(tensor.storage)
         except KeyError:
             raise wrong("its storage is not in the file") from None
-        if info.file_size != size * dtype.itemsize:
-            raise wrong(f"its storage has {info.file_size} bytes, {size} entries of {dtype} are {size * dtype.itemsize}")
+        if held != size * dtype.itemsize:
+            raise wrong(f"its storage has {held} bytes, {size} entries of {dtype} are {size * dtype.itemsize}")
         count = math.prod(shape)
         last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if count else offset - 1
         # More entries than the storage has means that strides of zero repeat some: no dictionary needs it, and it can ask for any size.
         if last >= size or count > size:
             raise wrong(f"shape {list(shape)} with strides {list(stride)} reaches past the {size} entries of its storage")
         try:
-            flat = np.frombuffer(self._bytes(info.filename, info.file_size), dtype)
+            flat = np.frombuffer(self._storage(tensor.storage), dtype)
         except (zipfile.BadZipFile, OSError, EOFError) as error:
             raise wrong(f"damaged: {error}") from None
         strides = tuple(s * dtype.itemsize for s in stride)
         return np.lib.stride_tricks.as_strided(flat[offset:], shape, strides, writeable=False).copy()
+
+    def _storage_bytes(self, storage: Storage) -> int:
+        return self._zip.getinfo(self._storage_entry(storage)).file_size
+
+    def _storage(self, storage: Storage) -> bytes:
+        return self._bytes(self._storage_entry(storage), self._storage_bytes(storage))
+
+    def _storage_entry(self, storage: Storage) -> str:
+        return f"{self._prefix}data/{storage.key:.100}"
 
     def _bytes(self, entry: str, limit: int) -> bytes:
         info = self._zip.getinfo(entry)
@@ -216,20 +242,27 @@ class TorchFile:
 
     def _unpickle(self, data: bytes) -> Any:
         try:
-            _check_opcodes(data)
-            return _Unpickler(io.BytesIO(data)).load()
+            check_opcodes(data)
+            return Unpickler(io.BytesIO(data)).load()
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from None
         except Exception as error:  # a hostile pickle can fail in any way; all that matters is that it is refused
             raise UserError(f"{self.path}: not a pickle that torch writes: {type(error).__name__}: {error}") from None
 
 
-def _check_opcodes(data: bytes) -> None:
-    for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name not in _OPCODES:
+def check_opcodes(data: bytes, also: frozenset[str] = frozenset()) -> int:
+    """Refuses instructions that torch does not write, apart from those in ``also``; returns where the pickle ends.
+
+    Raises:
+      UserError: another instruction, a memo index out of all proportion.
+    """
+    position = 0
+    for opcode, argument, position in pickletools.genops(data):  # noqa: B007  # the last position is that of STOP
+        if opcode.name not in _OPCODES and opcode.name not in also:
             raise UserError(f"uses the pickle instruction {opcode.name}, which torch does not write; it was not run")
         if opcode.name in ("BINPUT", "LONG_BINPUT") and argument > len(data):
             raise UserError("uses an impossible memo index; it was not run")
+    return position + 1
 
 
 def _naturals(values: Any) -> bool:
