@@ -36,7 +36,7 @@ def put_verb(monkeypatch, function):
         (["harvest", "--name=a/b"], ["name"]),
         (["harvest", "a.yaml", "b.yaml"], ["a.yaml", "b.yaml", "one config"]),
         (["evaluate", "--evaluate.rates=[0]"], ["rates"]),
-        (["report", "--report.latents=0"], ["report.latents"]),
+        (["report", "--report.latents=-1"], ["report.latents"]),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, words, capsys):

@@ -10,6 +10,8 @@ from typing import Literal
 from dlmscope_jax.errors import UserError
 
 Select = Literal["all", "masked", "visible", "predicting"]
+Architecture = Literal["topk", "batch_topk", "matryoshka", "relu", "jumprelu", "gated", "binary"]
+Optimizer = Literal["adam", "adam_bf16", "lion", "signum", "muon", "schedule_free"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +46,126 @@ class Harvest:
 
 @dataclasses.dataclass(frozen=True)
 class Dictionary:
-    """The dictionaries' shape: one is trained for every site and every k."""
+    """Dictionaries of one architecture: one is trained for every site, every entry of the lists that it takes, and every seed."""
 
+    # topk, batch_topk and matryoshka take k; relu and gated take sparsity; jumprelu takes sparsity or target_l0; binary entropy, covariance
+    architecture: Architecture = "topk"
+    # what its folders and the report call it; empty is the architecture's name
+    name: str = ""
     # latents
     width: int = 2048
-    # active latents a row, one dictionary for each
+    # active latents a row
     k: tuple[int, ...] = (32,)
+    # weight of the sparsity penalty
+    sparsity: tuple[float, ...] = ()
+    # active latents that jumprelu's penalty "target" aims at
+    target_l0: tuple[float, ...] = ()
+    # weight of the marginal entropy, in bits
+    entropy: tuple[float, ...] = ()
+    # weight of the summed covariance of different latents
+    covariance: tuple[float, ...] = ()
+    # of the first weights; empty is the run's
+    seeds: tuple[int, ...] = ()
+    # which of harvest.sites it reads; empty is all of them, for a transcoder those of the name mlp_in
+    sites: tuple[str, ...] = ()
+    # a transcoder writes this site in the layer that it reads, such as mlp_out; empty is an autoencoder
+    target: str = ""
+    # a linear path beside the latents of a transcoder
+    skip: bool = False
+
+    # a bias of its own that a transcoder subtracts before encoding
+    input_bias: bool | None = None
+    # whether an autoencoder subtracts its decoder bias before encoding
+    subtract: bool | None = None
+    # what is done to each row before encoding
+    row_norm: Literal["none", "layer_norm", "unit_rms"] | None = None
+    # topk: which latents are kept
+    rule: Literal["positive", "raw", "magnitude", "groups"] | None = None
+    # topk: adds the error of 4 k latents
+    multi_topk: bool | None = None
+    # topk, batch_topk, matryoshka: dead latents that revive together
+    k_aux: int | None = None
+    # matryoshka: numbers of latents that must do on their own
+    prefixes: tuple[int, ...] | None = None
+    # relu: the penalty weighs decoder norms, which are then free
+    norm_weighted: bool | None = None
+    # relu: the error, summed squares or the transcoder paper's
+    error: Literal["squared", "over_norm"] | None = None
+    # relu: ghost gradients for dead latents
+    ghost: bool | None = None
+    # jumprelu: the kind of penalty
+    penalty: Literal["step", "target", "tanh"] | None = None
+    # jumprelu: width of the kernel of its thresholds' gradient
+    bandwidth: float | None = None
+    # jumprelu with penalty tanh: weight of the pre-activation loss
+    preactivation: float | None = None
+
+    # binary: the gradient of the step
+    estimator: Literal["identity", "sigmoid", "rectangle", "g_times_1mg", "x_times_1mx"] | None = None
+    # binary: of the estimator, sigmoid or rectangle
+    temperature: float | None = None
+    # binary: bits of a latent
+    bits: int | None = None
+    # binary: whose word counts where paper and released code disagree
+    follows: Literal["code", "paper"] | None = None
+
+    # in place of those of the section train
+    lr: float | None = None
+    optimizer: Optimizer | None = None
+    # steps over which the sparsity penalty rises
+    sparsity_warmup: int | None = None
+    # binary: the step from which the entropy counts
+    entropy_start: int | None = None
+    # k at the first step, and the steps in which it falls to k
+    k_start: int | None = None
+    k_anneal_steps: int | None = None
+    # steps between two resamplings of dead latents
+    resample_every: int | None = None
+
+
+# which lists an architecture takes, and which of its options the others do not have
+LEVELS: dict[str, tuple[str, ...]] = {
+    "topk": ("k",), "batch_topk": ("k",), "matryoshka": ("k",), "relu": ("sparsity",), "gated": ("sparsity",),
+    "jumprelu": ("sparsity", "target_l0"), "binary": ("entropy", "covariance"),
+}  # fmt: skip
+_LISTS = ("k", "sparsity", "target_l0", "entropy", "covariance", "seeds")
+_K = ("topk", "batch_topk", "matryoshka")
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    "rule": ("topk",), "multi_topk": ("topk",), "k_aux": _K, "prefixes": ("matryoshka",), "k_start": _K, "k_anneal_steps": _K,
+    "norm_weighted": ("relu",), "error": ("relu",), "ghost": ("relu",), "sparsity_warmup": ("relu", "gated", "jumprelu"),
+    "penalty": ("jumprelu",), "bandwidth": ("jumprelu",), "preactivation": ("jumprelu",), "estimator": ("binary",),
+    "temperature": ("binary",), "bits": ("binary",), "follows": ("binary",), "entropy_start": ("binary",),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Synthetic:
+    """A world with known features, which takes the place of a model: ``dlmscope_jax.data.World``."""
+
+    # its folder
+    name: str
+    # which features are on together
+    kind: Literal["independent", "correlated", "hierarchical", "directions"] = "independent"
+    # width of a row
+    dimension: int = 64
+    # true features
+    features: int = 256
+    # mean number of features that are on in a row
+    l0: float = 4.0
+    # no two directions have a cosine of this size or more
+    coherence: float = 0.5
+    # standard deviation of noise on each entry
+    noise: float = 0.0
+    # features that fire together, or a parent with its children
+    group: int = 4
+    # correlation within a group
+    rho: float = 0.8
+    # probability of a child where its parent is on
+    child: float = 0.65
+    # directions: probability of a 1
+    q: float = 0.5
+    # directions: the other value is -1
+    signed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,16 +176,30 @@ class Train:
     steps: int = 220
     # rows a step
     batch_size: int = 2048
-    # learning rate at its highest
-    lr: float = 1e-3
+    # learning rate at its highest; empty is the architecture's own
+    lr: float | None = 1e-3
     # steps of linear warm-up; empty is the smaller of 1,000 and 5 % of the steps
     warmup_steps: int | None = None
-    # share of the steps after which the rate falls linearly to 0
+    # how the rate falls
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    # share of the steps after which the rate falls to 0
     decay_start: float = 0.8
+    # adam with float32 or bfloat16 moments, sign methods, Muon for the matrices, schedule-free
+    optimizer: Optimizer = "adam"
+    # of Adam; empty is the architecture's own
+    betas: tuple[float, float] | None = None
+    # of Adam; empty is the architecture's own
+    eps: float | None = None
+    # largest norm of a gradient
+    clip: float | None = 1.0
     # weight of the auxiliary loss that revives dead latents
     aux_alpha: float = 1 / 32
     # rows without firing after which a latent counts as dead; empty is the smaller of 10 million and 5 % of the run's rows
     dead_rows: int | None = None
+    # decay of the running mean of the weights, which is then what is saved
+    ema: float | None = None
+    # rms: rows are divided by one scale so that their mean squared norm is 1, and weights of losses are in these units
+    normalize: Literal["rms", "none"] = "rms"
     # which rows of a diffusion model are learned from
     select: Select = "all"
     # steps between two checkpoints
@@ -106,7 +236,7 @@ class Evaluate:
 class Report:
     """What the HTML file shows."""
 
-    # latents a dictionary, stratified by density
+    # latents a dictionary, stratified by density; 0 leaves out latents and the steered text
     latents: int = 50
     # the text that is continued with and without a steered latent
     prompt: str = "def "
@@ -136,8 +266,12 @@ class Run:
     data: Data = Data()
     # which activations are kept
     harvest: Harvest = Harvest()
+    # worlds with known features, in place of models
+    synthetic: tuple[Synthetic, ...] = ()
     # one dictionary is trained for every model, site and k
     dictionary: Dictionary = Dictionary()
+    # dictionaries of several kinds, in place of that one; all learn from one pass over the rows
+    dictionaries: tuple[Dictionary, ...] = ()
     # how dictionaries learn
     train: Train = Train()
     # dictionaries to examine in place of training ones
@@ -158,24 +292,62 @@ class Run:
         rates = self.evaluate.rates
         _require(bool(rates) and all(0 < rate < 1 for rate in rates), "evaluate.rates", "name at least one, each between 0 and 1")
         _require(len(set(rates)) == len(rates), "evaluate.rates", "names one rate twice")
-        _require(len(set(self.dictionary.k)) == len(self.dictionary.k), "dictionary.k", "names one k twice")
+        _require(not self.dictionaries or self.dictionary == Dictionary(), "dictionary", "give it or dictionaries, not both")
+        _check_dictionary(self.dictionary, "dictionary.")
+        for i, one in enumerate(self.dictionaries):
+            _check_dictionary(one, f"dictionaries[{i}].")
+        worlds = [world.name for world in self.synthetic]
+        _require(len(set(worlds)) == len(worlds) and all(worlds) and not any("/" in w for w in worlds), "synthetic",
+                 "give each world a name of its own, without '/'")  # fmt: skip
+        _require(not (self.synthetic and self.released), "released", "examines dictionaries of models; there are none with synthetic")
         _require(self.train.dead_rows is None or self.train.dead_rows > 0, "train.dead_rows", "should be above 0")
         _require(0 < self.train.decay_start <= 1, "train.decay_start", "is a share of the steps, in (0, 1]")
-        _require(bool(self.dictionary.k), "dictionary.k", "name at least one k")
-        for k in self.dictionary.k:
-            _require(0 < k <= self.dictionary.width, "dictionary.k", f"{k} is not between 1 and the width {self.dictionary.width}")
         for section, fields in _POSITIVE.items():
             for field in fields:
-                _require(getattr(getattr(self, section), field) > 0, f"{section}.{field}", "should be above 0")
+                value = getattr(getattr(self, section), field)
+                _require(value is None or value > 0, f"{section}.{field}", "should be above 0")
+        _require(self.report.latents >= 0, "report.latents", "should be 0 or above")
 
 
 _POSITIVE = {
     "harvest": ("train_rows", "test_rows", "batch_size"),
-    "dictionary": ("width",),
     "train": ("steps", "batch_size", "lr", "checkpoint_every"),
     "evaluate": ("blocks", "batch_size"),
-    "report": ("latents", "new_tokens"),
+    "report": ("new_tokens",),
 }
+
+
+def _check_dictionary(section: Dictionary, path: str) -> None:
+    """What an architecture needs and what it does not take."""
+
+    def require(holds: bool, field: str, message: str) -> None:
+        _require(holds, path + field, message)
+
+    kind, takes = section.architecture, LEVELS[section.architecture]
+    require(section.width > 0, "width", "should be above 0")
+    require("/" not in section.name and "@" not in section.name, "name", "is part of a folder's name: leave out '/' and '@'")
+    for name in _LISTS:
+        values = getattr(section, name)
+        given = values != Dictionary.__dataclass_fields__[name].default
+        require(name == "seeds" or name in takes or not given, name, f"{kind} does not take it; it takes {' and '.join(takes)}")
+        require(len(set(values)) == len(values), name, f"names one {name} twice")
+    if "k" in takes:
+        require(bool(section.k), "k", "name at least one k")
+        for k in section.k:
+            require(0 < k <= section.width, "k", f"{k} is not between 1 and the width {section.width}")
+    elif kind == "jumprelu" and section.penalty == "target":
+        require(bool(section.target_l0), "target_l0", "penalty: target needs the L0 that it aims at, such as [32]")
+    elif "sparsity" in takes:
+        require(bool(section.sparsity), "sparsity", f"name at least one weight for {kind}, such as [0.001]")
+        require(not section.target_l0, "target_l0", "belongs to jumprelu with penalty: target")
+    else:
+        for name in takes:
+            require(bool(getattr(section, name)), name, f"name at least one weight for {kind}, such as [1e-7]; [0] leaves the term out")
+    for option, kinds in _OPTIONS.items():
+        if getattr(section, option) is not None:
+            require(kind in kinds, option, f"belongs to {', '.join(kinds)}, not to {kind}")
+    for option in ("skip", "input_bias"):
+        require(not getattr(section, option) or bool(section.target), option, "belongs to a transcoder: give target too, such as mlp_out")
 
 
 def _require(holds: bool, field: str, message: str) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from dlmscope_jax.activations import ActivationStore
 from dlmscope_jax.analysis import collect_records, firing, records_to_result, steer, steered_generation, stratified
-from dlmscope_jax.analysis.match import raw
+from dlmscope_jax.analysis.match import raw, written_site
 from dlmscope_jax.diffusion import ARSampler, DreamSampler, LLaDASampler
 from dlmscope_jax.training import Progress
 
@@ -41,7 +41,7 @@ def record_features(work: Work, name: str, key: str, dictionary: Dictionary, inp
             documents=names, counted=counted, seed=run.seed, progress=bar.advance,
         )  # fmt: skip
     about = {
-        "k": dictionary[0].k, "side": "test", "seed": run.seed, "dead_share": counted.dead_share,
+        "k": getattr(dictionary[0], "k", None), "side": "test", "seed": run.seed, "dead_share": counted.dead_share,
         "selection": "equally many from each tenth of the living latents by density, at random",
         "mask_id": None if model.diffusion is None else model.diffusion.mask_id,
     }  # fmt: skip
@@ -62,8 +62,10 @@ def steer_one(work: Work, name: str, key: str, dictionary: Dictionary, recorded:
     tokenizer = work.tokenizer(name)
     ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode_plain([wanted.prompt])[0]
     sampler = sampler_for(model, wanted.new_tokens)
-    spec, weights, meta = raw(dictionary)
-    edit = steer(spec, weights, latent, meta.site, wanted.strength, scale="corpus_max", maximum=record["max_activation"])
+    spec, weights, _ = raw(dictionary)
+    edit = steer(
+        spec, weights, latent, written_site(dictionary, model.config), wanted.strength, scale="corpus_max", maximum=record["max_activation"]
+    )
     result = steered_generation(
         model, params, jnp.asarray([ids], jnp.int32), sampler, edit, dictionary, latent, key=jax.random.key(work.run.seed),
         tokenizer=tokenizer,
@@ -84,4 +86,4 @@ def sampler_for(model: Any, new_tokens: int) -> Any:
 def _to_steer(records: list[dict]) -> dict:
     """A latent that is neither rare nor everywhere, and strong where it fires: the choice is for show and supports no number."""
     middle = [record for record in records if 3 <= record["decile"] <= 8] or records
-    return max(middle, key=lambda record: record["max_activation"])
+    return max(middle, key=lambda record: abs(record["max_activation"]))

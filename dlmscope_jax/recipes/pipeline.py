@@ -2,6 +2,9 @@
 
     runs/<name>/{config.yaml, harvest/<model>/<side>/, dictionaries/<model>/<site>_k<k>/, results/*.json, report.html}
 
+A dictionary of another architecture than TopK has it in its folder's name, ``<site>_relu_s0.01``, and a transcoder what it writes,
+``mlp_in@3_to_mlp_out_topk_k16``. A synthetic world stands where a model does.
+
 What is there already is not done again, so every verb may be given twice, or killed and given again.
 """
 
@@ -21,16 +24,19 @@ from dlmscope_jax.activations import ActivationStore, Corruption, rows_of
 from dlmscope_jax.activations import harvest as harvest_rows
 from dlmscope_jax.analysis import delta_losses
 from dlmscope_jax.analysis import evaluate as fidelity
-from dlmscope_jax.dictionaries import LossSettings, TopK, load_dictionary
+from dlmscope_jax.dictionaries import load_dictionary
 from dlmscope_jax.errors import UserError
 from dlmscope_jax.models import canonical_site, model_identity, site_width
 from dlmscope_jax.report import report as write_report
-from dlmscope_jax.training import Progress, TrainSpec
+from dlmscope_jax.training import Progress
 from dlmscope_jax.training import train as train_dictionaries
 
 from .configs import Run
+from .dictionaries import Planned, planned
 from .features import record_features, steer_one
+from .table import trained
 from .work import SIDES, Work, say
+from .worlds import ROWS, describe_world, evaluate_world, harvest_world
 
 Dictionaries = dict[str, tuple[Any, Any, Any]]  # folder below dictionaries/ -> (spec, params, meta)
 
@@ -38,21 +44,22 @@ Dictionaries = dict[str, tuple[Any, Any, Any]]  # folder below dictionaries/ -> 
 def harvest(run: Run) -> None:
     """Runs every model over the text and keeps its activations, to train on and to test on (released dictionaries are only tested)."""
     work = Work(run)
-    for name in run.models:
+    for name in work.names:
         harvest_model(work, name)
 
 
 def train(run: Run) -> None:
-    """Trains one dictionary for every model, site and k, from one pass over the model's rows."""
+    """Trains the dictionaries of every model (or world) from one pass over its rows, and prints where they ended."""
     work = Work(run)
-    for name in run.models:
+    for name in work.names:
         train_model(work, name)
+    print(trained(work.folder))
 
 
 def evaluate(run: Run) -> None:
     """Measures every dictionary on the test side: fidelity, what its insertion costs (with controls), and records of its latents."""
     work = Work(run)
-    for name in run.models:
+    for name in work.names:
         evaluate_model(work, name)
 
 
@@ -69,10 +76,15 @@ def report(run: Run) -> None:
 
 
 def harvest_model(work: Work, name: str) -> None:
-    """The stores of one model."""
+    """The stores of one model, or of one world."""
     run = work.run
     wanted = run.harvest
+    if work.world(name) is not None:
+        planned(run, {ROWS: run.synthetic[0].dimension})
+        return harvest_world(work, name)
     model, params = work.model(name)
+    if not run.released:  # a mistake in the dictionaries shows now, not after the harvest
+        planned(run, {site: site_width(site, model.config) for site in _sites(run)})
     policy = wanted.policy if model.diffusion is not None else "clean"
     corruption = Corruption(policy, wanted.low, wanted.high) if policy != "clean" else Corruption("clean")
     tokenizer = work.tokenizer(name)
@@ -97,36 +109,26 @@ def harvest_model(work: Work, name: str) -> None:
 
 
 def train_model(work: Work, name: str) -> None:
-    """The dictionaries of one model."""
+    """The dictionaries of one model, or of one world."""
     run, recipe = work.run, work.run.train
     if run.released:
         raise UserError(f"released: {run.name} examines dictionaries that somebody else trained; there is nothing to train")
-    store = ActivationStore.open(work.store_url(name, "train"))
-    for site in _sites(run):
-        if site not in store.sites:
-            raise UserError(f"harvest.sites: {site} was not harvested from {name} in this run; there are {', '.join(store.sites)}")
-    specs = [
-        TrainSpec(
-            TopK(store.sites[site], run.dictionary.width, k), steps=recipe.steps, site=site, select=recipe.select,
-            batch_size=recipe.batch_size, lr=recipe.lr, warmup_steps=recipe.warmup_steps, decay_start=recipe.decay_start,
-            settings=LossSettings(aux=recipe.aux_alpha), dead_rows=recipe.dead_rows, seed=run.seed,
-        )
-        for site in _sites(run) for k in run.dictionary.k
-    ]  # fmt: skip
+    plans = _planned(work, name, ActivationStore.open(work.store_url(name, "train")))
+    specs = [plan.spec for plan in plans]
     with work.stage("train dictionaries of", name) as stage:
         stage.rows = recipe.steps * recipe.batch_size
         stage.reused = all((work.dictionaries(name) / spec.name / "config.json").is_file() for spec in specs)
+        store = ActivationStore.open(work.store_url(name, "train"))
         with Progress(f"train {work.labels[name]}", total=recipe.steps, unit="steps") as bar:
             train_dictionaries(specs, store, work.dictionaries(name), checkpoint_every=recipe.checkpoint_every, progress=bar)
 
 
 def evaluate_model(work: Work, name: str) -> None:
-    """The results of one model's dictionaries."""
+    """The results of one model's dictionaries, or one world's."""
     run = work.run
     found = dictionaries_of(work, name)
     store = ActivationStore.open(work.store_url(name, "test"))
-    model, params = work.model(name)
-    about = {"model": model_identity(model, params), "data": config.to_mapping(run.data), "seed": run.seed, "dtype": run.dtype}
+    kinds = _kinds(work, name, found, store)
     marks = {key: _mark(dictionary) for key, dictionary in found.items()}
     with work.stage("measure fidelity of", name) as stage:
         stage.reused, stage.rows = True, store.rows
@@ -135,7 +137,12 @@ def evaluate_model(work: Work, name: str) -> None:
             if work.read("fidelity", key, inputs) is None:
                 stage.reused = False
                 with Progress(f"fidelity {key}", total=store.rows, unit="rows") as bar:
-                    work.write("fidelity", key, inputs, fidelity(dictionary, store, seed=run.seed, progress=bar.advance))
+                    work.write("fidelity", key, inputs, fidelity(dictionary, store, seed=run.seed, progress=bar.advance) | kinds[key])
+    if work.world(name) is not None:
+        evaluate_world(work, name, found, marks, kinds)
+        return describe_world(work, name)
+    model, params = work.model(name)
+    about = {"model": model_identity(model, params), "data": config.to_mapping(run.data), "seed": run.seed, "dtype": run.dtype}
     with work.stage("measure insertion into", name) as stage:
         wanted = run.evaluate
         rates = wanted.rates if model.diffusion is not None else None
@@ -153,16 +160,21 @@ def evaluate_model(work: Work, name: str) -> None:
                     positions=positions, calibration=calibration, progress=bar.advance,
                 )  # fmt: skip
             for key, result in results.items():
-                work.write("delta_loss", key, scored[key], result)
+                work.write("delta_loss", key, scored[key], result | kinds[key])
+    if run.report.latents:
+        _record(work, name, found, {key: {**about, "dictionary": marks[key], "store": store.meta} for key in found})
+    _describe(work, name)
+
+
+def _record(work: Work, name: str, found: Dictionaries, inputs: dict[str, dict[str, Any]]) -> None:
+    """Records of latents, and one generation with a latent of the last dictionary."""
     with work.stage("record latents of", name) as stage:
         stage.reused = True
         for key, dictionary in found.items():
-            inputs = {**about, "dictionary": marks[key], "store": store.meta}
-            recorded, new = record_features(work, name, key, dictionary, inputs)
+            recorded, new = record_features(work, name, key, dictionary, inputs[key])
             stage.reused &= not new
         # the last one: one generation a model is for show
-        stage.reused &= not steer_one(work, name, key, dictionary, recorded, inputs)
-    _describe(work, name)
+        stage.reused &= not steer_one(work, name, key, dictionary, recorded, inputs[key])
 
 
 def dictionaries_of(work: Work, name: str) -> Dictionaries:
@@ -183,17 +195,34 @@ def dictionaries_of(work: Work, name: str) -> Dictionaries:
             raise UserError(f"released.select: {where} was trained on {meta.select} rows, the config says {released.select}")
         meta = dataclasses.replace(meta, site=site, layer=int(site.rpartition("@")[2]), select=released.select)
         _check_model(name, released.path, meta.model)
-        key = f"{label}/{site}_k{spec.k}"
+        size = f"k{spec.k}" if hasattr(spec, "k") else spec.KIND
+        said = f"k = {spec.k}" if hasattr(spec, "k") else spec.KIND
+        key = f"{label}/{site}_{size}"
         if key in found:
-            raise UserError(f"released: two dictionaries of {site} with k = {spec.k}; examine them in runs of their own, with another name")
+            raise UserError(f"released: two dictionaries of {site} with {said}; examine them in runs of their own, with another name")
         found[key] = (spec, params, meta)
-    for site in () if run.released else _sites(run):
-        for k in run.dictionary.k:
-            folder = work.dictionaries(name) / f"{site}_k{k}"
-            if not folder.is_dir():
-                raise UserError(f"{folder}: no such dictionary; train it first, with dlmscope train and the same config")
-            found[f"{label}/{site}_k{k}"] = load_dictionary(folder)
+    for plan in () if run.released else _planned(work, name, ActivationStore.open(work.store_url(name, "test"))):
+        folder = work.dictionaries(name) / plan.spec.name
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such dictionary; train it first, with dlmscope train and the same config")
+        found[f"{label}/{plan.spec.name}"] = load_dictionary(folder)
     return found
+
+
+def _planned(work: Work, name: str, store: ActivationStore) -> list[Planned]:
+    """The dictionaries of a model or world, as its store has the sites."""
+    sites = [ROWS] if work.world(name) is not None else _sites(work.run)
+    for site in sites:
+        if site not in store.sites:
+            raise UserError(f"harvest.sites: {site} was not harvested from {name} in this run; there are {', '.join(store.sites)}")
+    return planned(work.run, {site: store.sites[site] for site in sites})
+
+
+def _kinds(work: Work, name: str, found: Dictionaries, store: ActivationStore) -> dict[str, dict[str, Any]]:
+    """What a result says of its dictionary beside its numbers: architecture, level of sparsity, seed."""
+    if work.run.released:
+        return {key: {"architecture": spec.KIND, "variant": spec.KIND} for key, (spec, _, _) in found.items()}
+    return {f"{work.labels[name]}/{plan.spec.name}": plan.about for plan in _planned(work, name, store)}
 
 
 def _replaced_at(dictionary: tuple[Any, Any, Any]) -> str:

@@ -11,7 +11,7 @@ from .work import Work
 
 
 def quickstart(run: Run) -> Path:
-    """Text to report: harvest, train, evaluate and report for every model of the run; prints the headline numbers.
+    """Text to report: harvest, train, evaluate and report for every model or world of the run; prints the headline numbers.
 
     What is in the run's folder already is not done again.
 
@@ -19,7 +19,7 @@ def quickstart(run: Run) -> Path:
       The path of the report.
     """
     work = Work(run)
-    for name in run.models:
+    for name in work.names:
         harvest_model(work, name)
         if not run.released:
             train_model(work, name)

@@ -1,11 +1,13 @@
 """The headline numbers of a run as lines of text; where each comes from is in METHODS.md's terms in the report."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dlmscope_jax.report import read_run
 from dlmscope_jax.report.insertion import at_reference, reference_rate
 
+_TRAINED = ("dictionary", "steps", "loss", "EV", "L0", "dead")
 _HEAD = ("dictionary", "rows", "EV", "L0", "dead", "dloss (nats)", "KL", "noise KL", "zero KL", "scored at")
 
 
@@ -36,7 +38,30 @@ def headline(folder: Path) -> str:
                 "-" if rate is None else "next token" if rate == 0 else f"rate {rate:g}",
             )
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(_HEAD))]
+    return _aligned(lines)
+
+
+def trained(folder: Path) -> str:
+    """One line a dictionary: where its training ended, over the rows of the last logged steps (not held-out ones)."""
+    lines = [_TRAINED]
+    for d in read_run(folder, measured=False).dictionaries:
+        last = d.curve[-1] if d.curve else {}
+        dead = last.get("dead")
+        lines.append(
+            (
+                d.name,
+                str(last.get("step", "-")),
+                _shown(last.get("loss"), ".4g"),
+                _shown(last.get("explained_variance"), ".4f"),
+                _shown(last.get("l0"), ".1f"),
+                "-" if dead is None else f"{100 * dead:.1f} %",
+            )
+        )
+    return _aligned(lines)
+
+
+def _aligned(lines: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
 
 

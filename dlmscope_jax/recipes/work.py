@@ -16,6 +16,7 @@ import numpy as np
 
 from dlmscope_jax import config
 from dlmscope_jax.data import Blocks, Document, Tokenizer, builtin_blocks, load_tokenizer, on_side, pack, read_documents
+from dlmscope_jax.data.worlds import World
 from dlmscope_jax.errors import UserError
 from dlmscope_jax.models import load_model, process_weights
 
@@ -34,7 +35,9 @@ class Work:
     def __init__(self, run: Run):
         self.run = run
         self.folder = Path(run.root) / run.name
-        self.labels = _labels(run.models)
+        self._worlds = {world.name: world for world in run.synthetic}
+        self.names = tuple(self._worlds) or run.models
+        self.labels = {name: name for name in self._worlds} or _labels(run.models)
         self._model: tuple[str, Any, Any] | None = None
         self._blocks: dict[tuple[str, str], Blocks] = {}
         self._documents: list[Document] | None = None
@@ -46,6 +49,14 @@ class Work:
     def dictionaries(self, name: str) -> Path:
         """Where the trained dictionaries of a model lie."""
         return self.folder / "dictionaries" / self.labels[name]
+
+    def world(self, name: str) -> World | None:
+        """The synthetic world of that name, if it is one and no model."""
+        if name not in self._worlds:
+            return None
+        given = dataclasses.asdict(self._worlds[name])
+        del given["name"]
+        return World(**given)
 
     def model(self, name: str) -> tuple[Any, dict]:
         """A language model and its parameters."""

@@ -111,8 +111,12 @@ class Run:
         return tuple(d for d in self.dictionaries if d.model == model)
 
 
-def read_run(run_dir: str | Path) -> Run:
+def read_run(run_dir: str | Path, measured: bool = True) -> Run:
     """Collects a run folder.
+
+    Args:
+      run_dir: the folder.
+      measured: whether there must be results; training curves alone are enough otherwise.
 
     Raises:
       UserError: the folder does not exist, holds no results, or a result in it cannot be read.
@@ -121,7 +125,7 @@ def read_run(run_dir: str | Path) -> Run:
     if not path.is_dir():
         raise UserError(f"report: there is no run folder {path}: give a folder that `dlmscope quickstart` or `dlmscope evaluate` made")
     files = sorted((path / "results").glob("*.json"))
-    if not files:
+    if not files and measured:
         raise UserError(f"report: {path} holds no results (results/*.json): run `dlmscope evaluate` on it first")
     summary: dict[str, Any] = {}
     parts: dict[str, dict[str, Any]] = {}
