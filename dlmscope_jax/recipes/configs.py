@@ -161,7 +161,7 @@ class Synthetic:
     # correlation within a group
     rho: float = 0.8
     # probability of a child where its parent is on
-    child: float = 0.65
+    child: float = 0.3
     # directions: probability of a 1
     q: float = 0.5
     # directions: the other value is -1
