@@ -9,7 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlmscope_jax.dictionaries import DictionaryMeta, TopK, load_dictionary, save_dictionary
+from dlmscope_jax.dictionaries import (
+    BatchTopK,
+    Binary,
+    DictionaryMeta,
+    Gated,
+    JumpReLU,
+    Matryoshka,
+    ReLU,
+    TopK,
+    load_dictionary,
+    save_dictionary,
+)
 from dlmscope_jax.dictionaries.files import write_whole
 from dlmscope_jax.dictionaries.formats import torch_pickle
 from dlmscope_jax.dictionaries.meta import meta_from_mapping, meta_to_mapping
@@ -78,7 +89,20 @@ def forward(arrays, x, k):
     return code, code @ arrays["decoder.weight"].T + arrays["b_dec"]
 
 
-@pytest.mark.parametrize("spec", [SPEC, TopK(D, N, K, k_aux=5), TopK(D, N, K, d_out=4, skip=True)], ids=["plain", "k_aux", "skip"])
+KINDS = [
+    SPEC,
+    TopK(D, N, K, k_aux=5),
+    TopK(D, N, K, d_out=4, skip=True),
+    BatchTopK(D, N, K),
+    Matryoshka(D, N, K, prefixes=(5, N)),
+    JumpReLU(D, N, row_norm="layer_norm"),
+    ReLU(D, N, d_out=4, input_bias=True),
+    Gated(D, N),
+    Binary(D, N),
+]
+
+
+@pytest.mark.parametrize("spec", KINDS, ids=[f"{spec.KIND}-{i}" for i, spec in enumerate(KINDS)])
 def test_native_round_trip(tmp_path, spec):
     params = random_params(spec)
     save_dictionary(tmp_path / "a" / "b", spec, params, META)

@@ -53,7 +53,7 @@ def checked(spec: Any, params: dict, meta: DictionaryMeta, format: str) -> Param
     """
     if not meta.scale_folded:
         raise UserError(f"the {format} format holds no input scale: fold it first, spec.fold(params, meta.input_scale)")
-    return {name: np.ascontiguousarray(np.asarray(value, np.float32)) for name, value in params.items()}
+    return {name: np.asarray(value, np.float32, order="C") for name, value in params.items()}
 
 
 def _shifted(params: Params, by: np.ndarray, sign: float) -> Params:
@@ -68,4 +68,4 @@ def _shifted(params: Params, by: np.ndarray, sign: float) -> Params:
 
 
 def _single(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array, np.float32)
+    return np.asarray(array, np.float32, order="C")

@@ -48,7 +48,7 @@ def save(folder: Path, spec: Any, params: dict, meta: DictionaryMeta) -> None:
     kind = next((name for name, cls in KINDS.items() if type(spec) is cls), None)
     if kind is None:
         raise UserError(f"cannot save a {type(spec).__name__}: kinds are {', '.join(KINDS)}")
-    arrays = {name: np.ascontiguousarray(np.asarray(value, np.float32)) for name, value in params.items()}
+    arrays = {name: np.asarray(value, np.float32, order="C") for name, value in params.items()}
     check_shapes(f"{folder}", spec, {name: array.shape for name, array in arrays.items()})
     write_whole(folder / WEIGHTS, lambda path: safetensors.numpy.save_file(arrays, str(path)))
     config = {

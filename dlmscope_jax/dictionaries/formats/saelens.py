@@ -145,15 +145,16 @@ def _flat(config: Mapping) -> dict[str, Any]:
 
 def _spec(where: Path, flat: dict, tensors: Tensors) -> Any:
     kind, norm = flat["architecture"], flat["normalize_activations"]
-    transcoder = kind in _TRANSCODERS
-    architecture = (_TRANSCODERS if transcoder else _AUTOENCODERS).get(kind) if isinstance(kind, str) else None
+    transcoder = isinstance(kind, str) and kind in _TRANSCODERS
+    architecture = (_AUTOENCODERS | _TRANSCODERS).get(kind) if isinstance(kind, str) else None
     if architecture is None:
         known = ", ".join((*_AUTOENCODERS, *_TRANSCODERS))
         raise UserError(f"{where}: architecture {kind!r} is not read, its encoder has no counterpart here; those are {known}")
     if kind == "standard" and flat.get("activation_fn", "relu") != "relu":
         raise UserError(f"{where}: activation_fn {flat['activation_fn']!r} is not read: relu or topk")
-    if norm not in _ROW_NORMS or (transcoder and _ROW_NORMS[norm] != "none"):
-        of = "of a transcoder " if transcoder and norm in _ROW_NORMS else ""
+    known_norm = isinstance(norm, str) and norm in _ROW_NORMS
+    if not known_norm or (transcoder and _ROW_NORMS[norm] != "none"):
+        of = "of a transcoder " if known_norm else ""
         raise UserError(f"{where}: normalize_activations {norm!r} {of}is not read: fold it in SAELens and save it there again")
     (d, width), (_, out) = tensors.matrix("W_enc"), tensors.matrix("W_dec")
     sizes = {"d_in": d, "d_sae": width} | ({"d_out": out} if transcoder else {})

@@ -41,7 +41,7 @@ class Tensors:
         if not np.issubdtype(given.dtype, np.floating) and given.dtype.name != "bfloat16":
             raise UserError(f"{self.where}: {name} holds {given.dtype}, should hold floating-point numbers")
         with np.errstate(over="ignore"):
-            array = np.ascontiguousarray(given, np.float32).reshape(given.shape)
+            array = np.asarray(given, np.float32, order="C")
         if np.isnan(array).any():
             raise UserError(f"{self.where}: {name} holds NaN: the dictionary is damaged, or its training diverged")
         return array
@@ -113,7 +113,7 @@ class Tensors:
 
 def to_jax(params: Mapping[str, np.ndarray]) -> dict[str, jnp.ndarray]:
     """Finished parameters as JAX arrays."""
-    return {name: jnp.asarray(np.ascontiguousarray(array, np.float32)) for name, array in params.items()}
+    return {name: jnp.asarray(np.asarray(array, np.float32, order="C")) for name, array in params.items()}
 
 
 @contextmanager
