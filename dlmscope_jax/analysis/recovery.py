@@ -1,4 +1,4 @@
-"""Whether a dictionary found the features that a synthetic world is made of."""
+"""Whether a dictionary found the features that a synthetic world is made of, and how many bits a binary one uses for them."""
 
 import functools
 from collections.abc import Callable
@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from scipy.optimize import linear_sum_assignment
 
+from dlmscope_jax.dictionaries.entropy import marginal_entropy
 from dlmscope_jax.errors import UserError
 
 VERSION = 1
@@ -62,12 +63,11 @@ def recovery(
             raise UserError(f"recovery: rows {list(rows.shape)} and codes {list(codes.shape)} must be [n, d] and [n, {len(truth)}]")
         activations, error = _activations(spec, params, rows)
         alive = (activations != activations[0]).any(axis=0) if _binary(spec) else (activations != 0).any(axis=0)
-        variation = np.square(rows - rows.mean(axis=0, dtype=np.float64)).sum()
         result |= {
             "rows": len(rows),
             "dead": float(1 - alive.mean()),
             "l0": float((activations != 0).sum(axis=1).mean()),
-            "explained_variance": float(1 - error / variation) if variation > 0 else None,
+            "explained_variance": _explained(rows, error),
         }
     cosine, latent, sign = match(np.asarray(params["W_dec"]), truth, alive, either_sign=_either_sign(spec))
     result |= {
@@ -81,6 +81,44 @@ def recovery(
     if activations is not None:
         result |= _detection(activations, codes, latent, sign, _binary(spec))
     return result
+
+
+def binary_entropy(spec: Any, params: dict, rows: Float[np.ndarray, "n D"]) -> dict:
+    """The summed marginal entropy of a binary dictionary's code over all ``rows``, to be held against ``World.bits``.
+
+    The sum is an upper bound of the code's joint entropy: copies of a latent, and latents that complement each other, count as
+    often as they occur. So it is the truth only where features were found and copies were not kept.
+
+    Args:
+      spec, params: a binary dictionary that acts on raw rows.
+      rows: held-out rows.
+
+    Returns:
+      A dict for ``json``: ``bits`` and ``plug_in`` (with and without the correction for few rows), ``live`` latents (those that take
+      both values), ``latents``, ``rows`` and ``explained_variance``: entropies at unequal reconstruction do not compare.
+
+    Raises:
+      UserError: a dictionary of another kind, rows of another width, no rows.
+    """
+    if not _binary(spec):
+        raise UserError(f"binary_entropy: entropy in bits is for binary dictionaries, not for {type(spec).__name__}")
+    rows = np.asarray(rows, np.float32)
+    if rows.ndim != 2 or not len(rows):
+        raise UserError(f"binary_entropy: rows must be [n, {spec.d_in}] with n of at least 1, got {list(rows.shape)}")
+    fired, error = np.zeros(spec.width, np.int64), 0.0
+    for start in range(0, len(rows), _BATCH):
+        batch = rows[start : start + _BATCH]
+        activations, y = _run(spec)(params, jnp.asarray(batch))
+        fired += np.asarray((activations != 0).sum(axis=0), np.int64)
+        error += float(np.square(batch.astype(np.float64) - np.asarray(y)).sum())
+    return {
+        "kind": "binary_entropy",
+        "version": VERSION,
+        **marginal_entropy(fired, len(rows)),
+        "latents": spec.width,
+        "rows": len(rows),
+        "explained_variance": _explained(rows, error),
+    }
 
 
 def match(
@@ -104,6 +142,11 @@ def match(
     if either_sign:
         sign[features] = np.where(cosines[features, allowed[chosen]] < 0, -1.0, 1.0)
     return cosine, latent, sign
+
+
+def _explained(rows: np.ndarray, error: float) -> float | None:
+    variation = float(np.square(rows - rows.mean(axis=0, dtype=np.float64)).sum())
+    return 1 - error / variation if variation > 0 else None
 
 
 def _binary(spec: Any) -> bool:
