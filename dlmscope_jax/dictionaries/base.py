@@ -240,8 +240,11 @@ class Dictionary:
 
     def _output(self, params: dict, codes: Codes, x: Float[Array, "B D"]) -> Float[Array, "B D_out"]:
         """The reconstruction of normalised rows, not yet undone: what a loss compares."""
-        y = self._combine(params, codes) + params["b_dec"]
-        return y + jnp.matmul(x, params["W_skip"].T, precision=_HIGHEST) if self.skip else y
+        return self._combine(params, codes) + self._without_latents(params, x)
+
+    def _without_latents(self, params: dict, x: Float[Array, "B D"]) -> Float[Array, "*B D_out"]:
+        """The part of ``_output`` that no latent adds: ``b_dec`` (plus ``W_skip x``)."""
+        return params["b_dec"] + jnp.matmul(x, params["W_skip"].T, precision=_HIGHEST) if self.skip else params["b_dec"]
 
     def _parts(
         self,

@@ -1,6 +1,6 @@
 """BatchTopK dictionaries: k latents a row on average, chosen over the whole batch; a threshold takes its place afterwards.
 
-train: the k B largest of ReLU(pre) over all rows;   otherwise: f = z * (z > theta)      (Bussmann et al. 2024, arXiv 2412.06410)
+train: the k B largest pre-activations of all rows, cut at 0;   otherwise: f = z * (z > theta)      (Bussmann et al. 2024, arXiv 2412.06410)
 """
 
 from dataclasses import dataclass
@@ -8,13 +8,21 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from dlmscope_jax import kernels
 from dlmscope_jax.errors import UserError
+from dlmscope_jax.kernels.topk.batch import among_largest, topk_batch
 
+from . import auxk
 from .base import Dictionary, RowNorm
 from .codes import Dense, FlatSparse
+from .losses import LossParts, LossSettings, squared, total
+
+# The running threshold looks back over about 100 steps. The least kept value of one batch is a quantile of B N numbers, known to
+# a fraction of a percent at usual sizes, so there is little noise to average away; what matters is that it follows the weights, to
+# their end. Over 1000 steps, as in dictionary_learning, it would describe a dictionary that no longer exists.
+_RATE = 0.01
 
 
 @dataclass(frozen=True)
@@ -71,11 +79,53 @@ class BatchTopK(Dictionary):
         pre = self._preactivations(params, x)
         return Dense(jnp.where(pre > params["threshold"], jax.nn.relu(pre), 0.0))
 
-    def _batch_codes(self, params: dict, x: Float[Array, "B D"]) -> FlatSparse:
-        """The k B largest pre-activations of the batch, largest first, negative ones cut to zero."""
-        pre = jax.lax.stop_gradient(self._preactivations(params, x))
-        values, flat = kernels.topk(pre.reshape(1, -1), self.k * pre.shape[0])
-        rows, latents = jnp.divmod(flat[0], self.width)
+    def _batch_codes(self, params: dict, x: Float[Array, "B D"], k: int | Int[Array, ""] | None = None) -> FlatSparse:
+        """The k B largest pre-activations of the batch, negative ones cut to zero, in order of rows; ties to the first row, then latent.
+
+        With a ``k`` of its own, which may be traced, the rest of the places for the dictionary's k hold zeros.
+        """
+        n_rows = x.shape[0]
+        chosen, rows, latents = topk_batch(self._preactivations(params, x), self.k * n_rows)
         shift = self._shift(params)
-        values = kernels.with_flat_encoder_gradient(values[0], rows, latents, x, params["W_enc"], params["b_enc"], shift)
-        return FlatSparse(jax.nn.relu(values), rows, latents, (pre.shape[0],))
+        values = kernels.with_flat_encoder_gradient(chosen, rows, latents, x, params["W_enc"], params["b_enc"], shift)
+        values = jax.nn.relu(values)
+        if k is not None:
+            values = jnp.where(among_largest(chosen, k * n_rows), values, 0.0)
+        return FlatSparse(values, rows, latents, (n_rows,))
+
+    def loss(
+        self,
+        params: dict,
+        x: Float[Array, "B D"],
+        target: Float[Array, "B D_out"] | None = None,
+        dead: Bool[Array, " N"] | None = None,
+        settings: LossSettings = LossSettings(),  # noqa: B008  # frozen
+    ) -> tuple[Float[Array, ""], LossParts]:
+        """Mean squared error, summed over the width, of the batch's k B largest activations, plus AuxK as in ``TopK.loss``.
+
+        ``LossParts.statistics["threshold"]`` is the least positive activation that was kept, 0 where there was none.
+        """
+        x, target = self._pair(x, target)
+        codes = self._batch_codes(params, x, settings.k)
+        reconstruction, residual, measured = self._reconstruction(params, codes, x, target)
+        terms = {"reconstruction": reconstruction}
+        if dead is not None:
+            constant = jax.lax.stop_gradient(residual)
+            measured["aux"] = auxk.auxiliary_error(params, x, constant, dead, self.aux_count, self._shift_name())
+            terms["aux"] = settings.aux * auxk.share(dead, self.aux_count) * measured["aux"]
+        least = jnp.where(codes.values > 0, codes.values, jnp.inf).min()
+        statistics = {"threshold": jnp.where(jnp.isfinite(least), least, 0.0)}
+        return total(terms), self._parts(residual, target, codes, terms, measured, statistics)
+
+    def _reconstruction(
+        self, params: dict, codes: FlatSparse, x: Float[Array, "B D"], target: Float[Array, "B D_out"]
+    ) -> tuple[Float[Array, ""], Float[Array, "B D_out"], dict[str, Array]]:
+        """The reconstruction term, the residual of the whole dictionary, and what else was measured."""
+        residual = target - self._output(params, codes, x)
+        return squared(residual), residual, {}
+
+    def update_statistics(self, params: dict, statistics: dict[str, Array]) -> dict:
+        """Parameters with ``threshold`` moved 1 % of the way to the batch's; the first batch sets it, one of 0 changes nothing."""
+        running, batch = params["threshold"], statistics["threshold"]
+        moved = jnp.where(running > 0, running + _RATE * (batch - running), batch)
+        return {**params, "threshold": jnp.where(batch > 0, moved, running)}

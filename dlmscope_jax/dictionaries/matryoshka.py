@@ -1,15 +1,24 @@
 """Matryoshka BatchTopK dictionaries: every prefix of the latents must reconstruct on its own, so that early ones stay general.
 
 loss = mean_g |x - (b_dec + sum_{i < n_g} f_i W_dec,i)|^2 + AuxK       (Bussmann et al. 2025, arXiv 2503.17547)
+
+One code, chosen over the whole batch and all latents, serves every prefix. The mean is taken once, so AuxK weighs as much as it
+does in ``TopK`` (dictionary_learning divides by G twice: reference/sae_libraries.md 1, defect 7).
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
 
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
 from dlmscope_jax.errors import UserError
+from dlmscope_jax.kernels.sparse.flat import decode_prefixes
 
 from .base import RowNorm
 from .batch_topk import BatchTopK
+from .codes import FlatSparse
+from .losses import squared
 
 
 @dataclass(frozen=True)
@@ -49,3 +58,16 @@ class Matryoshka(BatchTopK):
         if self.prefixes:
             return tuple(self.prefixes)
         return tuple(sorted({max(1, self.width * part // 32) for part in (1, 3, 7, 15, 32)}))
+
+    def _reconstruction(
+        self, params: dict, codes: FlatSparse, x: Float[Array, "B D"], target: Float[Array, "B D_out"]
+    ) -> tuple[Float[Array, ""], Float[Array, "B D_out"], dict[str, Array]]:
+        """The mean of the prefixes' squared errors; AuxK sees the residual of the last prefix, the whole dictionary.
+
+        Measured beside it: ``prefix_<n>``, the squared error of each.
+        """
+        n_rows, nested = x.shape[0], self.nested
+        decoded = decode_prefixes(codes.values, codes.rows, codes.latents, params["W_dec"], n_rows, nested)
+        residuals = target - self._without_latents(params, x) - decoded
+        errors = [squared(residual) for residual in residuals]
+        return jnp.stack(errors).mean(), residuals[-1], {f"prefix_{n}": error for n, error in zip(nested, errors, strict=True)}
