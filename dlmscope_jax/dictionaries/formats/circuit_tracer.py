@@ -67,7 +67,8 @@ def load(folder: Path, files: frozenset[str], config: Any) -> tuple[ReLU | JumpR
         raise UserError(f"{folder / CONFIG}: model_kind {kind} is not read: transcoder_set, one transcoder a layer, is")
     if not any(_LAYER.fullmatch(name) for name in files):
         elsewhere = settings.get("transcoders")
-        hint = f"; its weights lie at {short(elsewhere[0])}, ..." if isinstance(elsewhere, list) and elsewhere else ""
+        named = isinstance(elsewhere, list) and elsewhere and isinstance(elsewhere[0], str)
+        hint = f"; its weights lie at {elsewhere[0]:.120}, ..." if named else ""
         raise UserError(f"{folder}: {CONFIG} without any layer_0.safetensors beside it{hint}")
     path = choose(folder, files, _LAYER)
     layer = int(re.findall(r"\d+", path.name)[0])

@@ -11,7 +11,9 @@ decoder norms (``sparsity_include_decoder_norm``), latents are rescaled to decod
 belongs to that form; thresholds that were learned belong to training and are folded like a bias.
 """
 
+import json
 import math
+import posixpath
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
@@ -37,18 +39,22 @@ _NORMS = "dataset_average_activation_norm"
 
 
 def recognises(folder: Path, files: frozenset[str], config: Any) -> bool:
-    """Whether ``config`` names the points that the library hooks."""
+    """Whether ``config`` names the points that the library hooks; that of ``checkpoints/final.safetensors`` lies one folder up."""
+    if config is None and posixpath.basename(OLD_WEIGHTS) in files:
+        return (folder.parent / OLD_CONFIG).is_file()
     return isinstance(config, dict) and "hook_point_in" in config and "d_model" in config
 
 
-def load(folder: Path, files: frozenset[str], config: dict) -> tuple[ReLU | JumpReLU | TopK, dict, DictionaryMeta]:
+def load(folder: Path, files: frozenset[str], config: Any) -> tuple[ReLU | JumpReLU | TopK, dict, DictionaryMeta]:
     """Reads any of the three; parameters act on raw rows.
 
     Raises:
       UserError: weights in another form than safetensors, another kind than one sparse autoencoder or transcoder, an activation or
         normalisation that is not read, no norm to scale by, tensors missing, unexpected or misshapen.
     """
-    old = "hook_point_in" in config and not (folder / WEIGHTS).is_file() and (folder / OLD_CONFIG).is_file()
+    if config is None:
+        folder, config = folder.parent, _old_config(folder.parent / OLD_CONFIG)
+    old = not (folder / WEIGHTS).is_file() and (folder / OLD_CONFIG).is_file()
     where, path = folder / (OLD_CONFIG if old else CONFIG), folder / (OLD_WEIGHTS if old else WEIGHTS)
     if not path.is_file():
         hint = "; a .dcp checkpoint is not read: save it as safetensors first" if any(folder.glob("*.dcp")) else ""
@@ -92,6 +98,16 @@ def load(folder: Path, files: frozenset[str], config: dict) -> tuple[ReLU | Jump
         input_scale=float(scale) if spec.row_norm == "none" else None,
     )
     return spec, to_jax(params), meta
+
+
+def _old_config(path: Path) -> dict:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not recognises(path.parent, frozenset(), config):
+        raise UserError(f"{path}: has no hook_point_in and d_model")
+    return config
 
 
 def _hooks(where: Path, config: dict) -> tuple[str, str]:
