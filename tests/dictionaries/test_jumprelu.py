@@ -218,7 +218,7 @@ def test_a_threshold_below_zero_lets_nothing_negative_through():
 
 
 def test_the_window_is_in_units_of_the_data():
-    """The same rows seen at norm 1 and, through ``unit_rms``, at norm sqrt(d): latents, penalty and its gradient are those of other units."""
+    """The same rows seen at norm 1 and, through ``unit_rms``, at norm sqrt(d): the same latents, the same penalty."""
     plain, normed = (JumpReLU(D, N, bandwidth=0.3, row_norm=norm) for norm in ("none", "unit_rms"))
     x = X / jnp.linalg.norm(X, axis=1, keepdims=True)
     params = random_params(plain)
