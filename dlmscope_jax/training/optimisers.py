@@ -45,7 +45,7 @@ def make_optimiser(name: Optimizer, betas: tuple[float, float], eps: float, cons
     elif name == "signum":
         transform = optax.chain(optax.ema(b1, debias=False), optax.scale_by_sign())
     elif name == "muon":
-        # the matrices' updates get the root mean square that Adam's usually have, so that one rate fits both (Liu et al. 2025)
+        # Nesterov momentum for both; the matrices' updates get the root mean square that Adam's usually have, so that one rate fits both
         transform = optax.chain(contrib.muon(1.0, adam_b1=b1, adam_b2=b2, eps=eps, consistent_rms=0.2), optax.scale(-1.0))
     else:
         transform = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)

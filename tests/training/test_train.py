@@ -12,7 +12,7 @@ import pytest
 from dlmscope_jax.activations import ActivationStore
 from dlmscope_jax.dictionaries import TopK, load_dictionary
 from dlmscope_jax.errors import UserError
-from dlmscope_jax.training import TrainSpec, read_metrics, train
+from dlmscope_jax.training import read_metrics, train
 
 from .conftest import assert_same_bits, small_spec, sparse_rows
 
