@@ -12,6 +12,9 @@ and inside ``jit``; the few final divisions happen in float64 on the host.
 The variant "without position 0 and without rows above 10 times the median norm" needs a median that is only known at
 the end. Rows are therefore summed by their norm in logarithmic bins of 7.5 %, and whole bins are left out when the
 results are read: the limit is exact to one bin, and ``norm_limit`` says where it fell.
+
+Of one-bit codes (``Bits``) a latent's *rarer* value counts as its firing, because a bit that is always 1 says no more than
+one that is always 0: with p_j the share of ones, L0 is ``sum_j min(p_j, 1 - p_j)``, and "dead" is a bit that never changes.
 """
 
 import dataclasses
@@ -26,7 +29,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dlmscope_jax.errors import UserError
 
-from .codes import Codes
+from .codes import Bits, Codes
+from .entropy import marginal_entropy
 
 _RATE_EDGES = tuple(round(0.1 * i, 1) for i in range(11))
 _NORM_LOG10, _NORM_PER_DECADE = (-4.0, 8.0), 32
@@ -101,6 +105,7 @@ class StreamingFidelity:
     cosine: Sum
     relative_error: Int[Array, "R E"]
     fired: Int[Array, " N"]
+    binary: Bool[Array, ""]  # whether the codes are bits
     rate_edges: tuple[float, ...] = struct.field(pytree_node=False, default=_RATE_EDGES)
 
     @classmethod
@@ -127,6 +132,7 @@ class StreamingFidelity:
             cosine=Sum.zeros(),
             relative_error=jnp.zeros((groups, _bins(_ERROR_LOG10, _ERROR_PER_DECADE)), jnp.int32),
             fired=jnp.zeros(width, jnp.int32),
+            binary=jnp.asarray(False),
             rate_edges=tuple(rate_edges),
         )
 
@@ -200,6 +206,7 @@ class StreamingFidelity:
                 valid.astype(jnp.int32)
             ),
             fired=self.fired + fired,
+            binary=self.binary | isinstance(codes, Bits),
         )
 
     def _rate_group(self, n: int, rate: Array | None) -> Array:
@@ -212,8 +219,9 @@ class StreamingFidelity:
         return jnp.where((group >= 0) & (group < bins), group, bins)
 
     def density(self) -> np.ndarray:
-        """[N] float64: the share of rows on which each latent fired."""
-        return np.asarray(self.fired, np.float64) / max(int(self.rows), 1)
+        """[N] float64: the share of rows on which each latent fired; of bits, on which it had its rarer value."""
+        fired, rows = np.asarray(self.fired, np.int64), int(self.rows)
+        return (np.minimum(fired, rows - fired) if self.binary else fired) / max(rows, 1)
 
     def finish(self) -> dict[str, Any]:
         """The results, as plain numbers (JSON-ready); an empty variant has None.
@@ -221,7 +229,8 @@ class StreamingFidelity:
         Keys: ``rows``; ``l0``; ``explained_variance``; ``cosine``; ``relative_error`` {q25, median, q75};
         ``filtered`` {rows, explained_variance, norm_median, norm_limit}; ``dead`` (count), ``dead_share``,
         ``dense_share_1pct``, ``dense_share_10pct``, all three over ``rows`` rows; ``by_rate``: a list, one entry for each
-        bin with rows, {low, high, rows, explained_variance (own mean), explained_variance_global_mean, relative_error}.
+        bin with rows, {low, high, rows, explained_variance (own mean), explained_variance_global_mean, relative_error}; for
+        one-bit codes also ``marginal_entropy`` {bits, plug_in, live}, see ``entropy.marginal_entropy``.
         """
         rows, error, square, first = self.by_rate.host()
         n, density = int(self.rows), self.density()
@@ -242,9 +251,11 @@ class StreamingFidelity:
                         "relative_error": _quartiles(histogram[i]),
                     }
                 )
+        bits = counted and bool(self.binary)
+        l0 = density.sum() if bits else self.active.float64() / max(n, 1)
         return {
             "rows": n,
-            "l0": float(self.active.float64()) / n if counted else None,
+            "l0": float(l0) if counted else None,
             "explained_variance": _explained(n, error.sum(), square.sum(), first.sum(axis=0)),
             "cosine": float(self.cosine.float64()) / n if n else None,
             "relative_error": _quartiles(histogram.sum(axis=0)),
@@ -254,6 +265,7 @@ class StreamingFidelity:
             "dense_share_1pct": float((density > 0.01).mean()) if counted else None,
             "dense_share_10pct": float((density > 0.10).mean()) if counted else None,
             "by_rate": by_rate,
+            **({"marginal_entropy": marginal_entropy(np.asarray(self.fired), n)} if bits else {}),
         }
 
     def _filtered(self) -> dict[str, Any]:

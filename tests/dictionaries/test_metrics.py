@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlmscope_jax.dictionaries import StreamingFidelity, TopK
+from dlmscope_jax.dictionaries import Binary, Dense, StreamingFidelity, TopK
 from dlmscope_jax.dictionaries.metrics import Sum
 from dlmscope_jax.errors import UserError
 
@@ -117,6 +117,35 @@ def test_controls_have_no_codes():
     result = StreamingFidelity.init(0, D).add(x, jnp.zeros_like(x)).finish()
     assert result["l0"] is result["dead"] is result["dead_share"] is None
     assert result["cosine"] == 0.0 and result["by_rate"] == []
+
+
+def test_of_bits_the_rarer_value_counts(stream):
+    """METHODS.md, "Dictionaries": a bit that is 1 on 99 % of the rows has a density of 1 %, and one that never changes is dead."""
+    spec = Binary(D, N)
+    drawn = np.random.default_rng(3)
+    p = {name: jnp.asarray(drawn.normal(size=shape), jnp.float32) for name, shape in spec.shapes().items()}
+    centre = p["W_enc"] @ jnp.asarray([50.0, -20, 0, 0, 5, 0])
+    p["b_enc"] = (jnp.asarray(drawn.normal(size=N) * 3, jnp.float32) - centre).at[:4].set(jnp.asarray([1e9, 1e9, -1e9, 1e9]))
+    x, valid = jnp.asarray(stream["x"]), np.arange(ROWS) < 250
+    state = StreamingFidelity.init(N, D)
+    for rows in (slice(0, 100), slice(100, ROWS)):
+        state = state.update(spec, p, x[rows], valid=jnp.asarray(valid[rows]))
+    got = state.finish()
+    ones = (np.asarray(x)[valid] @ np.asarray(p["W_enc"]).T + np.asarray(p["b_enc"]) > 0).mean(axis=0)
+    rarer = np.minimum(ones, 1 - ones)
+    assert (ones > 0.9).sum() > (ones == 1).sum() > 3 and (rarer > 0.1).any()
+    np.testing.assert_allclose(state.density(), rarer, atol=1e-12)
+    np.testing.assert_allclose(got["l0"], rarer.sum(), rtol=1e-9)
+    assert got["dead"] == (rarer == 0).sum() >= 4
+    np.testing.assert_allclose([got["dense_share_1pct"], got["dense_share_10pct"]], [(rarer > 0.01).mean(), (rarer > 0.1).mean()])
+    live = ones[rarer > 0]
+    plug_in = -(live * np.log2(live) + (1 - live) * np.log2(1 - live)).sum()
+    np.testing.assert_allclose(got["marginal_entropy"]["plug_in"], plug_in, rtol=1e-9)
+    # the same ones as ordinary activations
+    codes = Dense(spec.encode(p, x).dense(N))
+    plain = StreamingFidelity.init(N, D).add(x, x, codes, valid=jnp.asarray(valid)).finish()
+    np.testing.assert_allclose(plain["l0"], ones.sum(), rtol=1e-6)
+    assert "marginal_entropy" not in plain and plain["dead"] == (ones == 0).sum() < got["dead"]
 
 
 def test_nothing_seen():
