@@ -69,13 +69,11 @@ def load_dictionary(path: str | Path, subfolder: str | None = None) -> tuple[Any
       UserError: nothing there, a format that is not known, files that contradict each other or are damaged.
     """
     folder, files = _offered(path, subfolder)
-    configs = [_json(folder / name) for name in CONFIGS if (folder / name).is_file()]
-    for config in configs or [None]:
-        for reader in FORMATS.values():
-            if reader.recognises(folder, files, config):
-                return reader.load(folder, files, config)
+    found = _recognise(folder, files)
+    if found is not None:
+        return FORMATS[found[0]].load(folder, files, found[1])
     what = folder if len(files) != 1 else folder / next(iter(files))
-    if not configs and not any(name.endswith(_WEIGHTS) for name in files):
+    if not any((folder / name).is_file() for name in CONFIGS) and not any(name.endswith(_WEIGHTS) for name in files):
         raise UserError(f"{what}: holds no dictionary (no {', '.join(CONFIGS)} and no weights){_suggest(folder)}")
     raise UserError(f"{what}: not a dictionary format that is read; those are {', '.join(FORMATS)}{_suggest(folder)}")
 
@@ -88,12 +86,33 @@ def save_dictionary(path: str | Path, spec: Any, params: dict, meta: DictionaryM
       format: ``"dlmscope"``, ``"dictionary_learning"``, ... (``formats/README.md`` lists what each can say).
 
     Raises:
-      UserError: an unknown format, parameters that do not fit the spec or cannot be said in the format, a full disk.
+      UserError: an unknown format, parameters that do not fit the spec or cannot be said in the format, a folder that holds a
+        dictionary of another format, a full disk.
     """
     writers = {name: module for name, module in FORMATS.items() if hasattr(module, "save")}
     if format not in writers:
         raise UserError(f"save_dictionary: format {format!r} is not known: one of {', '.join(writers)}")
-    writers[format].save(Path(path), spec, params, meta)
+    folder = Path(path)
+    if (other := _held(folder)) not in (None, format):
+        raise UserError(f"{folder}: holds a dictionary of the {other} format, which would still be found: choose another folder")
+    writers[format].save(folder, spec, params, meta)
+
+
+def _recognise(folder: Path, files: frozenset[str]) -> tuple[str, Any] | None:
+    """The name of the format of what is offered, and the configuration that says so."""
+    configs = [_json(folder / name) for name in CONFIGS if (folder / name).is_file()]
+    return next(((name, c) for c in configs or [None] for name, reader in FORMATS.items() if reader.recognises(folder, files, c)), None)
+
+
+def _held(folder: Path) -> str | None:
+    """The format that the configuration in a folder belongs to; None: there is none, or a damaged one."""
+    if not any((folder / name).is_file() for name in CONFIGS):
+        return None
+    try:
+        found = _recognise(*_offered(folder, None))
+    except UserError:
+        return None
+    return found and found[0]
 
 
 def _offered(path: str | Path, subfolder: str | None) -> tuple[Path, frozenset[str]]:

@@ -131,7 +131,7 @@ def test_each_class(tmp_path, name, threshold):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_file_saved_during_training(tmp_path, name):
-    """Biases and thresholds are not yet in units of the rows; the dictionary must do on raw rows what it does in training on rows / scale."""
+    """Biases and thresholds are not yet in units of the rows; on raw rows it must do what it does in training on rows / scale."""
     scale, found = 3.5, state(name)
     contents = {"step": 100, "ae": found, "optimizer": {"state": {}}, "config": {}, "norm_factor": scale}
     acts, y = forward(name, found, X)

@@ -337,6 +337,91 @@ def test_a_hub_id_without_network_is_one_line():
         load_dictionary("somebody/some-dictionaries", "resid_post_layer_1/trainer_0")
 
 
+def repository(tmp_path, monkeypatch, *folders):
+    """A hub of one repository: what is asked of it is matched as the hub client does, copied, and remembered."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    source, cache, asked = tmp_path / "repository", tmp_path / "cache", []
+    for name in ("README.md", "model.safetensors", "optimizer_0.pt", "state.pt", "training_data.npz", "config.yaml.bak"):
+        for folder in ("", *folders):
+            (source / folder).mkdir(parents=True, exist_ok=True)
+            (source / folder / name).write_text("large")
+
+    def snapshot_download(name, allow_patterns):
+        assert name == "somebody/saes"
+        asked.extend(allow_patterns)
+        here = [str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()]
+        for file in filter_repo_objects(here, allow_patterns=allow_patterns):
+            (cache / file).parent.mkdir(parents=True, exist_ok=True)
+            (cache / file).write_bytes((source / file).read_bytes())
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return source, cache, asked
+
+
+FORMATS = ["dlmscope", "saelens", "sparsify", "dictionary_learning"]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("subfolder", [None, "resid_post_layer_3/trainer_0"])
+def test_the_hub_is_asked_for_files_of_known_formats_only(tmp_path, monkeypatch, format, subfolder):
+    source, cache, _ = repository(tmp_path, monkeypatch, "resid_post_layer_3/trainer_0", "resid_post_layer_3/trainer_1")
+    save_dictionary(source / (subfolder or ""), SPEC, PARAMS, META, format=format)
+    spec, params, meta = load_dictionary("somebody/saes", subfolder)
+    assert spec == SPEC and meta.site == "resid_post@3"
+    same(params, PARAMS)
+    written = {path.name for path in (source / (subfolder or "")).iterdir() if path.name not in {p.name for p in source.iterdir()}}
+    fetched = {str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file()}
+    if subfolder:
+        assert fetched == {f"{subfolder}/{name}" for name in written}
+    assert not any(name.endswith((".md", ".bak", "model.safetensors", "state.pt", "optimizer_0.pt")) for name in fetched)
+
+
+def test_a_file_on_the_hub_comes_with_its_configuration_alone(tmp_path, monkeypatch):
+    source, cache, _ = repository(tmp_path, monkeypatch, "a/b")
+    save_dictionary(source / "a" / "b", SPEC, PARAMS, META, format="dictionary_learning")
+    (source / "a" / "b" / "checkpoints").mkdir()
+    torch_pickle.save(source / "a" / "b" / "checkpoints" / "ae_10.pt", state_dict())
+    same(load_dictionary("somebody/saes", "a/b/checkpoints/ae_10.pt")[1], PARAMS)
+    assert {str(p.relative_to(cache)) for p in cache.rglob("*") if p.is_file()} == {"a/b/checkpoints/ae_10.pt", "a/b/config.json"}
+    with pytest.raises(UserError, match="no such folder"):
+        load_dictionary("somebody/saes", "a/c")
+
+
+def test_what_lies_above_a_hookpoint_comes_with_it(tmp_path, monkeypatch):
+    source, cache, asked = repository(tmp_path, monkeypatch)
+    (source / "config.json").write_text(json.dumps({"sae": {}, "model": "EleutherAI/pythia-70m"}))
+    save_dictionary(source / "layers.3", SPEC, PARAMS, META, format="sparsify")
+    card = json.loads((source / "layers.3" / "cfg.json").read_text())
+    (source / "layers.3" / "cfg.json").write_text(json.dumps(without(card, "dlmscope")))
+    meta = load_dictionary("somebody/saes", "layers.3")[2]
+    assert (meta.model, meta.site) == ("EleutherAI/pythia-70m", "resid_post@3")
+    assert not any(pattern.startswith("..") or pattern.startswith("/") for pattern in asked)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("other", FORMATS)
+def test_one_folder_holds_one_dictionary(tmp_path, format, other):
+    """The older one would be found instead, or be mixed with the new one."""
+    save_dictionary(tmp_path, SPEC, PARAMS, META, format=other)
+    if format == other:
+        save_dictionary(tmp_path, SPEC, random_params(SPEC, 9), META, format=format)
+        same(load_dictionary(tmp_path)[1], random_params(SPEC, 9))
+    else:
+        with pytest.raises(UserError, match=f"holds a dictionary of the {other} format"):
+            save_dictionary(tmp_path, SPEC, PARAMS, META, format=format)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_file_of_weights_may_be_named(tmp_path, format):
+    save_dictionary(tmp_path / "a", SPEC, PARAMS, META, format=format)
+    weights = next(path for path in (tmp_path / "a").iterdir() if path.suffix != ".json")
+    same(load_dictionary(weights)[1], PARAMS)
+    same(load_dictionary(tmp_path, f"a/{weights.name}")[1], PARAMS)
+
+
 def test_a_local_folder_never_touches_the_hub(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     released(tmp_path)

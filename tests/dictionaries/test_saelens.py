@@ -25,7 +25,7 @@ from dlmscope_jax.errors import UserError
 
 D, N, K, OUT = 6, 20, 3, 4
 X = np.random.default_rng(5).normal(size=(9, D)).astype(np.float32) * 2 + 0.5
-META = DictionaryMeta(model="gpt2", site="resid_post@3", layer=3, corruption="rate U[0, 1]", select="masked", input_scale=2.5, seed=1, steps=9)
+META = DictionaryMeta(model="gpt2", site="resid_post@3", layer=3, corruption="U[0, 1]", select="masked", input_scale=2.5, seed=1, steps=9)
 BIASES = {"standard": ("b_enc",), "gated": ("b_gate", "b_mag", "r_mag")}
 
 
@@ -110,7 +110,8 @@ def same_function(loaded, acts, y, x=X):
 
 
 def case(architecture, kind, out=None, **more):
-    return pytest.param(config(architecture, out, **more), tensors(architecture, out=out), kind, id="-".join([architecture, *map(str, more)]))
+    label = "-".join([architecture, *map(str, more)])
+    return pytest.param(config(architecture, out, **more), tensors(architecture, out=out), kind, id=label)
 
 
 CASES = [
@@ -201,7 +202,7 @@ def test_old_checkpoint_with_log_threshold(tmp_path):
     same_function(load_dictionary(write(tmp_path, cfg, old)), acts, y)
 
 
-OLD = {"d_in": D, "d_sae": N, "model_name": "gelu-2l", "hook_point": "blocks.1.hook_mlp_out", "hook_point_layer": 1, "dtype": "torch.float32"}
+OLD = {"d_in": D, "d_sae": N, "model_name": "gelu-2l", "hook_point": "blocks.1.hook_mlp_out", "dtype": "torch.float32"}
 
 
 @pytest.mark.parametrize(
