@@ -115,7 +115,7 @@ def save(folder: Path, spec: Any, params: dict, meta: DictionaryMeta) -> None:
     wrong = None
     if spec.transcoder:
         wrong = "a transcoder, it holds autoencoders only"
-    elif not isinstance(spec, tuple(layout.kind for layout in _CLASSES.values())):
+    elif type(spec) not in [layout.kind for layout in _CLASSES.values()]:
         wrong = f"a {type(spec).__name__} dictionary"
     elif isinstance(spec, TopK) and spec.rule != "positive":
         wrong = f"a TopK of rule {spec.rule!r}"
