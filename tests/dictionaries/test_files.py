@@ -253,6 +253,8 @@ def without(mapping, key):
     [
         (None, {**TRAINER, "k": 5}, "k is 5 in config.json and 3 in ae.pt"),
         (without(state_dict(), "k"), without(TRAINER, "k"), "says what k is"),
+        (state_dict(k=float("inf")), TRAINER, "k is 3 in config.json and inf in ae.pt"),
+        (state_dict(threshold=np.array(np.nan, np.float32)), TRAINER, "threshold holds NaN"),
         (None, {**TRAINER, "dict_size": 21}, "dict_size is 21, but ae.pt has 20"),
         (None, {**TRAINER, "activation_dim": 7}, "activation_dim is 7, but ae.pt has 6"),
         (None, {**TRAINER, "dict_class": "IdentityDict"}, "'IdentityDict' is not read: those are AutoEncoder, "),

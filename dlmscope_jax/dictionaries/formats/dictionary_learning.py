@@ -206,7 +206,7 @@ def _k(folder: Path, trainer: Mapping, tensors: Tensors, mid_run: bool) -> int:
         raise UserError(f"{folder}: neither {CONFIG} nor {tensors.where.name} says what k is")
     if stored is None:
         return stated
-    if stored != int(stored) or (stated is not None and stated != stored and not mid_run):
+    if not stored.is_integer() or (stated is not None and stated != stored and not mid_run):
         where = tensors.where.name
         raise UserError(f"{folder}: k is {stated!r} in {CONFIG} and {stored:g} in {where}: one of them belongs to another dictionary")
     return int(stored)

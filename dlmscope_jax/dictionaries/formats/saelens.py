@@ -131,8 +131,8 @@ def save(folder: Path, spec: Any, params: dict, meta: DictionaryMeta) -> None:
 
 def _flat(config: Mapping) -> dict[str, Any]:
     """A configuration of any version as one level, under the names and with the defaults of version 6."""
-    flat = {_OLD_NAMES.get(key, key): value for key, value in config.items()}
-    flat |= flat["metadata"] if isinstance(flat.get("metadata"), dict) else {}
+    metadata = config.get("metadata")
+    flat = (metadata if isinstance(metadata, dict) else {}) | {_OLD_NAMES.get(key, key): value for key, value in config.items()}
     keywords = flat.get("activation_fn_kwargs")
     if flat.get("activation_fn") == "topk" and isinstance(keywords, dict) and keywords.get("k") is not None:
         flat |= {"architecture": "topk", "k": keywords["k"]}
@@ -181,11 +181,10 @@ def _spec(where: Path, flat: dict, tensors: Tensors) -> Any:
 
 
 def _k(where: Path, flat: dict) -> int:
-    k = flat.get("k")
-    if isinstance(k, bool) or not isinstance(k, int | float) or not k > 0:
-        raise UserError(f"{where}: k is {k!r}, should be a positive number")
-    # of a BatchTopK it is a mean and may be broken
-    return max(1, round(k)) if flat["architecture"] in ("batchtopk", "matryoshka_batchtopk") else int(k)
+    k, mean = flat.get("k"), flat["architecture"] in ("batchtopk", "matryoshka_batchtopk")
+    if isinstance(k, bool) or not isinstance(k, int | float) or not 0 < k < float("inf") or (not mean and k != int(k)):
+        raise UserError(f"{where}: k is {k!r}, should be a positive {'number' if mean else 'whole number'}")
+    return max(1, round(k))
 
 
 def _finetuned(flat: dict, tensors: Tensors, params: folding.Params) -> folding.Params:

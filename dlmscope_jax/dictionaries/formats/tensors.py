@@ -1,5 +1,6 @@
 """Tensors of other libraries' files as float32 parameters: shapes and types first, values after they fit."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,12 +51,15 @@ class Tensors:
         """One number, saved as a tensor with one entry of any dtype.
 
         Raises:
-          UserError: no such tensor, or one with several entries.
+          UserError: no such tensor, one with several entries, NaN.
         """
         shape = self.shapes.get(name)
         if shape is None or any(n != 1 for n in shape):
             raise UserError(f"{self.where}: {name} should be one number, is {'missing' if shape is None else list(shape)}")
-        return float(self._get(name).reshape(()))
+        value = float(self._get(name).reshape(()))
+        if math.isnan(value):
+            raise UserError(f"{self.where}: {name} holds NaN: the dictionary is damaged, or its training diverged")
+        return value
 
     def integers(self, name: str) -> list[int]:
         """The entries of a short list of whole numbers.
