@@ -13,7 +13,8 @@ from typing import Any
 
 from dlmscope_jax.errors import UserError
 
-from .torch_pickle import Storage, TorchFile, Unpickler, check_opcodes
+from .pickle_check import check_opcodes
+from .torch_pickle import Storage, TorchFile, Unpickler
 
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
 _BYTES = frozenset({"BINBYTES", "SHORT_BINBYTES", "BINBYTES8"})

@@ -74,7 +74,7 @@ def load(folder: Path, files: frozenset[str], config: Any) -> tuple[ReLU | JumpR
     layer = int(re.findall(r"\d+", path.name)[0])
     activation = settings.get("activation")
     if activation not in (None, "relu", "topk", "jump_relu", "jumprelu"):
-        raise UserError(f"{folder / CONFIG}: activation {short(activation)} is not read: relu, topk and jump_relu are")
+        raise UserError(f"{folder / CONFIG}: activation {short(activation):.60} is not read: relu, topk and jump_relu are")
     with open_safetensors(path) as tensors:
         width, d = tensors.matrix("W_enc")
         common: dict[str, Any] = {"d_in": d, "width": width, "d_out": d, "skip": "W_skip" in tensors.shapes}
@@ -82,7 +82,7 @@ def load(folder: Path, files: frozenset[str], config: Any) -> tuple[ReLU | JumpR
         if activation == "topk" or (activation is None and "k" in tensors.shapes):
             if isinstance(k, bool) or not isinstance(k, int | float) or not float(k).is_integer() or settings.get("k", k) != k:
                 stated = short(settings.get("k"))
-                raise UserError(f"{folder / CONFIG}: k is {stated} here and {short(k)} in {path.name}: topk needs one whole number")
+                raise UserError(f"{folder / CONFIG}: k is {stated} here and {short(k):.60} in {path.name}: topk needs one whole number")
             spec: ReLU | JumpReLU | TopK = TopK(**common, k=int(k), rule="raw")
         elif activation != "relu" and _THRESHOLD in tensors.shapes:
             spec = JumpReLU(**common)
@@ -158,7 +158,7 @@ def _joined(folder: Path, own: str, settings: dict[str, Any], spec: Any) -> dict
     before = _config(folder)
     for key in _KEYS:
         if key in before and _meaning(key, before[key]) != _meaning(key, settings.get(key)):
-            raise UserError(f"{folder / CONFIG}: its layers have {key} {short(before[key])}, this one has {settings.get(key)!r}")
+            raise UserError(f"{folder / CONFIG}: its layers have {key} {short(before[key]):.60}, this one has {settings.get(key)!r}")
     for other in others:
         with open_safetensors(other) as tensors:
             width, d = tensors.matrix("W_enc")

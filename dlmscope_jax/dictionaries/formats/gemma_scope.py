@@ -92,7 +92,7 @@ def _first(folder: Path) -> tuple[JumpReLU, dict, DictionaryMeta]:
 def _second(folder: Path, config: dict) -> tuple[JumpReLU, dict, DictionaryMeta]:
     where = folder / CONFIG
     if config.get("architecture", "jump_relu") != "jump_relu":
-        raise UserError(f"{where}: architecture {short(config['architecture'])} is not read: jump_relu is")
+        raise UserError(f"{where}: architecture {short(config['architecture']):.60} is not read: jump_relu is")
     hooks = [config.get(f"hf_hook_point_{side}", config["hf_hook_point_in"]) for side in ("in", "out")]
     if config.get("type") in ("clt", "crosscoder", "cross_layer_transcoder") or not all(isinstance(hook, str) for hook in hooks):
         raise UserError(f"{where}: {_SEVERAL}")
@@ -106,7 +106,7 @@ def _second(folder: Path, config: dict) -> tuple[JumpReLU, dict, DictionaryMeta]
         spec = JumpReLU(d_in=d, width=width, d_out=d_out, skip="affine_skip_connection" in tensors.shapes, subtract=False)
         params = tensors.params(spec, _NAMES_2, transposed=("W_enc", "W_skip"))
     if config.get("width") not in (None, width):
-        raise UserError(f"{where}: width is {short(config['width'])}, but {WEIGHTS} has {width}")
+        raise UserError(f"{where}: width is {short(config['width']):.60}, but {WEIGHTS} has {width}")
     meta = DictionaryMeta(
         model=config["model_name"] if isinstance(config.get("model_name"), str) else "unknown",
         site=site,

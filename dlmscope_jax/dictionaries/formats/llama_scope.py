@@ -115,7 +115,7 @@ def _hooks(where: Path, config: dict) -> tuple[str, str]:
     written = config.get("hook_point_out") or read
     kind = config.get("sae_type", "sae")
     if kind not in ("sae", "transcoder") or not isinstance(read, str) or not isinstance(written, str):
-        raise UserError(f"{where}: a {short(kind)} is not read: sparse autoencoders and transcoders of one layer are")
+        raise UserError(f"{where}: a {short(kind):.60} is not read: sparse autoencoders and transcoders of one layer are")
     return read, written
 
 
@@ -124,7 +124,7 @@ def _spec(where: Path, config: dict, d: int, width: int, d_out: int | None) -> R
     if config.get("use_glu_encoder"):
         raise UserError(f"{where}: use_glu_encoder is not read")
     if norm not in ("dataset-wise", "inference", "none", "token-wise") or (norm == "token-wise" and d_out is not None):
-        raise UserError(f"{where}: norm_activation {short(norm)} is not read: dataset-wise, none and an autoencoder's token-wise are")
+        raise UserError(f"{where}: norm_activation {short(norm):.60} is not read: dataset-wise, none and an autoencoder's token-wise are")
     subtract = bool(config.get("apply_decoder_bias_to_pre_encoder", False))
     if subtract and d_out is not None:
         raise UserError(f"{where}: a transcoder that subtracts its output's bias from its input is not read")
@@ -136,7 +136,7 @@ def _spec(where: Path, config: dict, d: int, width: int, d_out: int | None) -> R
         return TopK(**common, k=config["top_k"])
     if activation == "relu":
         return ReLU(**common)
-    raise UserError(f"{where}: act_fn {short(activation)} is not read: relu, jumprelu and topk with top_k are")
+    raise UserError(f"{where}: act_fn {short(activation):.60} is not read: relu, jumprelu and topk with top_k are")
 
 
 def _scales(where: Path, config: dict, tensors: Tensors, hooks: tuple[str, str], d: int) -> tuple[np.float32, np.float32]:
@@ -149,7 +149,7 @@ def _scales(where: Path, config: dict, tensors: Tensors, hooks: tuple[str, str],
         name = next((name for name in (f"{_NORMS}.{hook}", f"{_NORMS}.{side}") if name in tensors.shapes), None)
         norm = tensors.number(name) if name else stated.get(hook, stated.get(side))
         if isinstance(norm, bool) or not isinstance(norm, int | float) or not (math.isfinite(norm) and norm > 0):
-            raise UserError(f"{where}: rows were divided by their mean norm, and {_NORMS} for {hook} is {short(norm)}")
+            raise UserError(f"{where}: rows were divided by their mean norm, and {_NORMS} for {hook} is {short(norm):.60}")
         out.append(np.float32(norm / math.sqrt(d)))
     return out[0], out[1]
 
@@ -157,5 +157,5 @@ def _scales(where: Path, config: dict, tensors: Tensors, hooks: tuple[str, str],
 def _number(where: Path, config: dict, key: str) -> float:
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-        raise UserError(f"{where}: {key} is {short(value)}, should be a number that is not negative")
+        raise UserError(f"{where}: {key} is {short(value):.60}, should be a number that is not negative")
     return float(value)

@@ -81,5 +81,7 @@ def _spec(path: Path, given: Mapping[str, Any], d: int, width: int) -> TopK | Re
     settings = settings if isinstance(settings, Mapping) else {}
     k, after = settings.get("k"), settings.get("postact_fn", "ReLU")
     if activation != "TopK" or type(k) is not int or after not in ("ReLU", "Identity"):
-        raise UserError(f"{path}: activation {short(activation)} (k {short(k)}, then {short(after)}) is not read: ReLU and TopK with k are")
+        raise UserError(
+            f"{path}: activation {short(activation):.60} (k {short(k):.60}, then {short(after):.60}) is not read: ReLU and TopK with k are"
+        )
     return TopK(d_in=d, width=width, k=k, rule="positive" if after == "ReLU" else "raw", row_norm="layer_norm")

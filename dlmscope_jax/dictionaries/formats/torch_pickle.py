@@ -3,8 +3,7 @@
 A ``.pt`` file is a zip archive: a pickle that describes containers and tensors, and one entry of raw bytes a storage. A
 pickle is a program, so it is read under three restrictions:
 
-- its opcodes are checked first, against a list and with bounded memo indices (a huge index makes the C unpickler
-  allocate memory for it);
+- its instructions are checked first (``pickle_check``);
 - every name that it asks for must be one of a handful, each of which builds plain data: tensors come out as
   ``LazyTensor``, device, storage and dtype names as text, the one class of configurations that published files hold as ``Inert``;
 - a tensor's storage, offset, shape and strides are checked against the bytes in the archive when it is read, before
@@ -17,7 +16,6 @@ The zip's own CRC-32 catches damaged bytes.
 import io
 import math
 import pickle
-import pickletools
 import struct
 import zipfile
 from collections import OrderedDict
@@ -30,6 +28,8 @@ import ml_dtypes
 import numpy as np
 
 from dlmscope_jax.errors import UserError
+
+from .pickle_check import check_opcodes
 
 _MAX_PICKLE_BYTES = 64 * 2**20
 _STORAGES = {
@@ -46,11 +46,6 @@ _STORAGES = {
 }
 _STORAGE_NAMES = {dtype: name for name, dtype in _STORAGES.items()}
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
-_OPCODES = frozenset(
-    "PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT "
-    "BINUNICODE SHORT_BINUNICODE EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT SETITEM SETITEMS "
-    "BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD NEWOBJ BINPERSID".split()
-)
 
 
 @dataclass(frozen=True)
@@ -111,7 +106,7 @@ class Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
+            return lambda: OrderedDict()  # filled afterwards, by instructions whose keys have been checked
         if (module, name) in _NAMED:
             return _NAMED[module, name]
         # New objects each time: BUILD may set attributes of what it is given, and ours must stay as they are.
@@ -248,21 +243,6 @@ class TorchFile:
             raise UserError(f"{self.path}: {error}") from None
         except Exception as error:  # a hostile pickle can fail in any way; all that matters is that it is refused
             raise UserError(f"{self.path}: not a pickle that torch writes: {type(error).__name__}: {error}") from None
-
-
-def check_opcodes(data: bytes, also: frozenset[str] = frozenset()) -> int:
-    """Refuses instructions that torch does not write, apart from those in ``also``; returns where the pickle ends.
-
-    Raises:
-      UserError: another instruction, a memo index out of all proportion.
-    """
-    position = 0
-    for opcode, argument, position in pickletools.genops(data):  # noqa: B007  # the last position is that of STOP
-        if opcode.name not in _OPCODES and opcode.name not in also:
-            raise UserError(f"uses the pickle instruction {opcode.name}, which torch does not write; it was not run")
-        if opcode.name in ("BINPUT", "LONG_BINPUT") and argument > len(data):
-            raise UserError("uses an impossible memo index; it was not run")
-    return position + 1
 
 
 def _naturals(values: Any) -> bool:

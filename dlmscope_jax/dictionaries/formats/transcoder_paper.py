@@ -65,7 +65,7 @@ def load(folder: Path, files: frozenset[str], config: Any) -> tuple[ReLU, dict, 
         d_out = tensors.matrix("W_dec")[1] if transcoder else None
         for key, size in (("d_in", d), ("d_sae", width), ("d_out", d_out)):
             if size is not None and cfg.get(key) not in (None, size):
-                raise UserError(f"{path}: {key} is {short(cfg[key])} in its configuration, the weights have {size}")
+                raise UserError(f"{path}: {key} is {short(cfg[key]):.60} in its configuration, the weights have {size}")
         spec = ReLU(d_in=d, width=width, d_out=d_out, input_bias=transcoder, error="over_norm")
         names = {"b_in": "b_dec", "b_dec": "b_dec_out"} if transcoder else {}
         params = tensors.params(spec, names, transposed=("W_enc",))
