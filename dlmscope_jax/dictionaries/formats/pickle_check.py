@@ -28,7 +28,7 @@ def check_opcodes(data: bytes, also: frozenset[str] = frozenset()) -> int:
     stack: list[bool | str] = []  # whether each value is text or a number
     memo: dict[int, bool | str] = {}
     position = 0
-    for opcode, argument, position in pickletools.genops(data):
+    for opcode, argument, position in pickletools.genops(data):  # noqa: B007  # the last position is STOP's
         name = opcode.name
         if name not in _OPCODES and name not in also:
             raise UserError(f"uses the pickle instruction {name}, which torch does not write; it was not run")
