@@ -70,6 +70,12 @@ class BatchTopK(Dictionary):
         """Name and shape of every parameter."""
         return super().shapes() | {"threshold": ()}
 
+    def init(
+        self, key: Array, sample: Float[Array, "S D_out"] | None = None, inputs: Float[Array, "S D"] | None = None
+    ) -> dict[str, Array]:
+        """As ``Dictionary.init``; the threshold starts at 0, not measured."""
+        return super().init(key, sample, inputs) | {"threshold": jnp.zeros((), jnp.float32)}
+
     def _activation_units(self) -> tuple[str, ...]:
         return ("b_enc", "threshold")
 

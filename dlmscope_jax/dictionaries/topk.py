@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from dlmscope_jax import kernels
 from dlmscope_jax.errors import UserError
@@ -107,12 +107,20 @@ class TopK(Dictionary):
 
         AuxK (METHODS.md): of the latents in ``dead`` the k_aux largest raw pre-activations of each row reconstruct the
         residual, which is held constant, without ReLU and without bias. Its weight is ``aux * min(1, n_dead / k_aux)``.
+
+        ``settings.k`` takes the place of k, also in Multi-TopK's 4 k.
+
+        Raises:
+          UserError: as ``Dictionary.loss``; ``settings.k`` with the rule ``"groups"``, whose runs depend on k.
         """
+        if settings.k is not None and self.rule == "groups":
+            raise UserError("TopK.loss: settings.k does not go with the rule 'groups': another k cuts the latents into other runs")
         x, target = self._pair(x, target)
         many = self._keep(params, x, min(self.width, 4 * self.k)) if self.multi_topk else None
         codes = self._codes(params, x) if many is None else RowSparse(many.values[:, : self.k], many.indices[:, : self.k])
-        if settings.k is not None:  # sorted, so the k largest now are the first ones
-            codes = RowSparse(jnp.where(jnp.arange(self.k) < settings.k, codes.values, 0.0), codes.indices)
+        if settings.k is not None:
+            codes = _first(codes, settings.k)
+            many = None if many is None else _first(many, 4 * settings.k)
         residual = target - self._output(params, codes, x)
         terms, measured = {"reconstruction": squared(residual)}, {}
         if dead is not None:
@@ -123,3 +131,8 @@ class TopK(Dictionary):
             measured["multi_topk"] = squared(target - self._output(params, many, x))
             terms["multi_topk"] = measured["multi_topk"] / 8.0
         return total(terms), self._parts(residual, target, codes, terms, measured)
+
+
+def _first(codes: RowSparse, k: int | Int[Array, ""]) -> RowSparse:
+    """The first k entries of each row, which are the largest ones; the others are 0."""
+    return RowSparse(jnp.where(jnp.arange(codes.values.shape[1]) < k, codes.values, 0.0), codes.indices)
