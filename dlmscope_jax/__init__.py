@@ -47,6 +47,7 @@ _ROOMS = {
     "token_loss": "diffusion",
     "BatchTopK": "dictionaries",
     "Binary": "dictionaries",
+    "Bits": "dictionaries",
     "Dense": "dictionaries",
     "DictionaryMeta": "dictionaries",
     "FlatSparse": "dictionaries",
