@@ -53,6 +53,13 @@ class DictionaryMeta:
         if not self.scale_folded and self.input_scale is None:
             raise UserError("dictionary meta: scale_folded is false but input_scale is missing: give the scale that rows were divided by")
 
+    @property
+    def target(self) -> str | None:
+        """The site that a transcoder writes, ``"mlp_out@5"``, where its card says so."""
+        training = self.extra.get("transcoder")  # what this package's own training says of its two sides
+        said = self.extra.get("target") or (training.get("target") if isinstance(training, Mapping) else None)
+        return said if isinstance(said, str) else None
+
 
 def meta_from_mapping(mapping: Any) -> DictionaryMeta:
     """A card from plain values, strictly.

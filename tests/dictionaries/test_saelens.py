@@ -276,6 +276,11 @@ def test_what_a_transcoder_writes(tmp_path):
     assert (loaded[2].site, loaded[2].extra["target"]) == ("mlp_in@2", "mlp_out@2")
     save_dictionary(tmp_path / "b", *loaded, format="saelens")
     assert json.loads((tmp_path / "b" / "cfg.json").read_text())["metadata"]["hook_name_out"] == "blocks.2.hook_mlp_out"
+    spec, params, meta = loaded  # as this package's own training says it
+    trained = replace(meta, extra={"transcoder": {"target": "mlp_out@2", "folded": True}})
+    save_dictionary(tmp_path / "c", spec, params, trained, format="saelens")
+    assert json.loads((tmp_path / "c" / "cfg.json").read_text())["metadata"]["hook_name_out"] == "blocks.2.hook_mlp_out"
+    assert load_dictionary(tmp_path / "c")[2].target == "mlp_out@2"
 
 
 @pytest.mark.parametrize(

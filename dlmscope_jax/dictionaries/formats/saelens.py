@@ -273,7 +273,7 @@ def _architecture(spec: Any) -> str:
 def _metadata(spec: Any, meta: DictionaryMeta) -> dict[str, Any]:
     """The block that says what the dictionary belongs to, with all keys that SAELens' own tools ask for."""
     before = meta.extra.get("config", {}).get("metadata", {}) if meta.extra.get("format") == "saelens" else {}
-    out = {"hook_name_out": hooks.to_hook(meta.extra["target"])} if isinstance(meta.extra.get("target"), str) else {}
+    out = {"hook_name_out": hooks.to_hook(meta.target)} if meta.target else {}
     trained: dict[str, Any] = {"training_architecture": {"batch_topk": "batchtopk", "matryoshka": "matryoshka_batchtopk"}.get(spec.KIND)}
     if trained["training_architecture"]:
         trained["training_k"] = spec.k
