@@ -1,4 +1,4 @@
-"""BatchTopK dictionaries against the definition: numpy's selection, plain autodiff on dense arrays, and a training run for the threshold."""
+"""BatchTopK dictionaries against the definition: numpy's selection, plain autodiff on dense arrays, a training run."""
 
 import dataclasses
 

@@ -1,5 +1,7 @@
 """TopK dictionaries against closed forms written with plain autodiff on dense arrays."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -293,3 +295,205 @@ def test_mistakes_in_the_rows():
 
 def test_default_k_aux_is_half_the_width_of_the_rows():
     assert TopK(64, 512, 4).aux_count == 32 and TopK(64, 16, 4).aux_count == 16 and SPEC.aux_count == 4
+
+
+# --- the other rules, what is subtracted, Multi-TopK, rows that are normalised, a k that changes
+
+RULE_SPECS = {rule: TopK(D, N, 4, rule=rule) for rule in ("positive", "raw", "magnitude", "groups")}
+
+
+def numpy_code(spec, pre):
+    """The activations by the definition of the rule, one row at a time."""
+    code = np.zeros_like(pre)
+    for b, row in enumerate(pre):
+        if spec.rule == "groups":
+            size = spec.width // spec.k
+            kept = [g * size + int(np.argmax(row[g * size : (g + 1) * size])) for g in range(spec.k)]
+        else:
+            kept = np.argsort(-np.abs(row) if spec.rule == "magnitude" else -row, kind="stable")[: spec.k]
+        code[b, kept] = row[kept]
+    return np.maximum(code, 0) if spec.rule in ("positive", "groups") else code
+
+
+@pytest.mark.parametrize("spec", RULE_SPECS.values(), ids=RULE_SPECS)
+def test_rules_equal_numpy(spec):
+    params = {**PARAMS, "b_enc": PARAMS["b_enc"] - 4.0}  # few positive ones, so that the rules differ
+    pre = (X - params["b_dec"]) @ params["W_enc"].T + params["b_enc"]
+    codes = spec.encode(params, X)
+    want = numpy_code(spec, np.asarray(pre))
+    close(spec.dense(codes), want)
+    assert codes.values.shape == (B, 4)
+    if spec.rule in ("raw", "magnitude"):
+        assert float(codes.values.min()) < 0
+    if spec.rule == "groups":
+        np.testing.assert_array_equal(codes.indices // 5, np.tile(np.arange(4), (B, 1)))
+    if spec.rule == "magnitude":
+        assert np.all(np.diff(np.abs(codes.values), axis=1) <= 0)
+
+    mask = jnp.asarray(numpy_code(dataclasses.replace(spec, rule="raw") if spec.rule == "positive" else spec, np.asarray(pre)) != 0)
+
+    def dense(p):
+        pre = (X - p["b_dec"]) @ p["W_enc"].T + p["b_enc"]
+        code = jnp.where(mask, jax.nn.relu(pre) if spec.rule in ("positive", "groups") else pre, 0.0)
+        return ((X - code @ p["W_dec"] - p["b_dec"]) ** 2).sum() / B
+
+    (loss, parts), gradient = jax.value_and_grad(spec.loss, has_aux=True)(params, X)
+    want_loss, want_gradient = jax.value_and_grad(dense)(params)
+    close(loss, want_loss)
+    close(gradient, want_gradient, rtol=2e-4)
+    np.testing.assert_array_equal(parts.fired, (want != 0).sum(axis=0))
+
+
+def test_ties_of_magnitude_and_groups_go_to_the_lowest_latent():
+    params = {**PARAMS, "W_enc": jnp.zeros((N, D)), "b_enc": jnp.where(jnp.arange(N) % 2 == 0, -2.0, 2.0)}
+    np.testing.assert_array_equal(RULE_SPECS["magnitude"].encode(params, X).indices, np.tile(np.arange(4), (B, 1)))
+    np.testing.assert_array_equal(RULE_SPECS["groups"].encode(params, X).indices, np.tile([1, 5, 11, 15], (B, 1)))
+
+
+MULTI = TopK(D, N, K, multi_topk=True)
+
+
+def multi_definition(params, k=K):
+    error = [((X - dense_forward(params, X, kept)[2]) ** 2).sum() / B for kept in (k, min(N, 4 * k))]
+    return error[0] + error[1] / 8.0
+
+
+def test_multi_topk_equals_the_definition():
+    (loss, parts), gradient = jax.value_and_grad(MULTI.loss, has_aux=True)(PARAMS, X)
+    want, want_gradient = jax.value_and_grad(multi_definition)(PARAMS)
+    close(loss, want)
+    close(gradient, want_gradient, rtol=2e-4)
+    close(parts.terms["multi_topk"], parts.measured["multi_topk"] / 8)
+    plain = SPEC.loss(PARAMS, X)[1]
+    close(parts.terms["reconstruction"], plain.terms["reconstruction"])
+    np.testing.assert_array_equal(parts.fired, plain.fired)  # 4 k latents train, k are the code
+
+
+def test_multi_topk_reaches_encoders_beyond_k():
+    """sparsify's fused encoder drops this gradient (reference/sae_libraries.md 1, defect 1): only decoders learn there."""
+    params = {**PARAMS, "W_enc": PARAMS["W_enc"] * 0.01, "b_enc": jnp.linspace(10.0, 1.0, N)}  # latents 0..2 are always the first k
+    codes = SPEC.encode(params, X)
+    assert set(np.unique(codes.indices)) == {0, 1, 2}
+    with_multi, without = (jax.grad(lambda p, s=s: s.loss(p, X)[0])(params) for s in (MULTI, SPEC))
+    beyond = jnp.arange(4, 9)
+    for name in ("W_enc", "b_enc", "W_dec"):
+        assert float(jnp.abs(without[name][beyond]).max()) == 0.0, name
+        assert float(jnp.abs(with_multi[name][beyond]).max()) > 1e-3, name
+    assert float(jnp.abs(with_multi["W_enc"][12:]).max()) == 0.0  # beyond 4 k
+
+
+SMALLER = {
+    "positive": TopK(D, N, 4, k_aux=4),
+    "raw": RULE_SPECS["raw"],
+    "magnitude": RULE_SPECS["magnitude"],
+    "multi_topk": TopK(D, N, 4, multi_topk=True),
+    "transcoder": TopK(D, N, 4, d_out=D, skip=True, input_bias=True),
+}
+
+
+@pytest.mark.parametrize("spec", SMALLER.values(), ids=SMALLER)
+def test_a_smaller_k_now_is_that_dictionary_exactly(spec):
+    params = {**random_params(spec), "b_enc": random_params(spec)["b_enc"] - 1.0}
+    dead = jnp.zeros(N, bool).at[jnp.array([2, 5])].set(True)
+    run = jax.jit(lambda p, k: jax.value_and_grad(spec.loss, has_aux=True)(p, X, target=X, dead=dead, settings=LossSettings(k=k)))
+    for fewer in (1, 2, 4):
+        small = dataclasses.replace(spec, k=fewer)
+        (loss, parts), gradient = run(params, jnp.int32(fewer))
+        (want, want_parts), want_gradient = jax.value_and_grad(small.loss, has_aux=True)(params, X, target=X, dead=dead)
+        close(loss, want, rtol=1e-6)
+        close(gradient, want_gradient, rtol=1e-5)
+        close(parts.terms, want_parts.terms, rtol=2e-6)
+        np.testing.assert_array_equal(parts.fired, want_parts.fired)
+        np.testing.assert_array_equal(parts.l0, want_parts.l0)
+    assert run._cache_size() == 1
+
+
+def test_groups_have_no_smaller_k():
+    with pytest.raises(UserError, match="settings.k does not go with the rule 'groups'"):
+        RULE_SPECS["groups"].loss(PARAMS, X, settings=LossSettings(k=2))
+
+
+SHIFTED = {
+    "b_dec not subtracted": TopK(D, N, K, k_aux=4, subtract=False),
+    "input bias": TopK(D, N, K, k_aux=4, d_out=4, input_bias=True),
+    "nothing subtracted": TopK(D, N, K, k_aux=4, d_out=4),
+}
+
+
+@pytest.mark.parametrize("n_dead", [2, 9], ids=["fewer than k_aux", "more than k_aux"])
+@pytest.mark.parametrize("spec", SHIFTED.values(), ids=SHIFTED)
+def test_what_is_subtracted_before_encoding(spec, n_dead):
+    params, target = random_params(spec), X if spec.d_out is None else draw(5, B, 4)
+    dead = jnp.zeros(N, bool).at[jnp.arange(n_dead) * 2].set(True)
+
+    def dense(p):
+        pre = (X - p["b_in"] if spec.input_bias else X) @ p["W_enc"].T + p["b_enc"]
+        code = jnp.maximum(pre, 0.0) * jax.nn.one_hot(jax.lax.top_k(pre, K)[1], N).sum(axis=1)
+        error = target - code @ p["W_dec"] - p["b_dec"]
+        residual = jax.lax.stop_gradient(error)
+        chosen = jax.nn.one_hot(jax.lax.top_k(jnp.where(dead, pre, -jnp.inf), min(4, n_dead))[1], N).sum(axis=1)
+        aux = ((residual - (pre * chosen) @ p["W_dec"]) ** 2).sum() / ((residual - residual.mean(axis=0)) ** 2).sum()
+        return (error**2).sum() / B + 0.7 * min(1.0, n_dead / 4) * aux
+
+    loss, gradient = jax.value_and_grad(lambda p: spec.loss(p, X, target=target, dead=dead, settings=LossSettings(aux=0.7))[0])(params)
+    want, want_gradient = jax.value_and_grad(dense)(params)
+    close(loss, want)
+    close(gradient, want_gradient, rtol=3e-4)
+    if spec.input_bias:
+        assert float(jnp.abs(gradient["b_in"]).max()) > 1e-3
+
+
+def formula(x, kind):
+    """Normalised rows, the factor and the offset that undo it (reference/sae_libraries.md 8)."""
+    x = np.asarray(x, np.float64)
+    if kind == "unit_rms":
+        norm = np.sqrt((x**2).sum(axis=1, keepdims=True))
+        return x / norm * np.sqrt(D), norm / np.sqrt(D), np.zeros_like(norm)
+    mean, std = x.mean(axis=1, keepdims=True), x.std(axis=1, ddof=1, keepdims=True)
+    return (x - mean) / (std + 1e-5), std, mean
+
+
+@pytest.mark.parametrize("kind", ["layer_norm", "unit_rms"])
+def test_normalised_rows_equal_the_formula(kind):
+    spec, rows = TopK(D, N, K, row_norm=kind), 30.0 * X + 7.0
+    normal, scale, offset = (jnp.asarray(a, jnp.float32) for a in formula(rows, kind))
+    _, code, y = dense_forward(PARAMS, normal)
+    close(spec.dense(spec.encode(PARAMS, rows)), code, rtol=2e-4)
+    close(spec.reconstruct(PARAMS, rows), y * scale + offset, rtol=3e-4)
+    close(spec.loss(PARAMS, rows)[0], ((normal - y) ** 2).sum() / B, rtol=2e-4)
+    with pytest.raises(UserError, match="needs the input as well"):
+        spec.decode(PARAMS, spec.encode(PARAMS, rows))
+    # a transcoder's target is brought to the units of its normalised input
+    coder = TopK(D, N, K, d_out=4, skip=True, row_norm=kind)
+    params, target = random_params(coder), draw(5, B, 4) * 20.0
+    _, _, y = dense_forward(params, normal, subtract=False, skip=True)
+    close(coder.reconstruct(params, rows), y * scale + offset, rtol=3e-4)
+    close(coder.loss(params, rows, target=target)[0], (((target - offset) / scale - y) ** 2).sum() / B, rtol=3e-4)
+
+
+def test_auxk_holds_no_array_of_all_rows_and_latents_by_anything():
+    """With AuxK, at most three [B, N] products appear (encoder; the branch for many dead latents), and memory stays at a few of them."""
+    b, n = 64, 512
+    spec = TopK(D, n, 4, k_aux=4)
+    params, x = random_params(spec), draw(1, b, D)
+    run = jax.jit(jax.value_and_grad(lambda p, dead: spec.loss(p, x, dead=dead), has_aux=True))
+    lines = str(run.trace(params, jnp.zeros(n, bool)).jaxpr).splitlines()
+    assert 1 <= len([line for line in lines if "dot_general" in line and f"f32[{b},{n}]" in line]) <= 3
+    assert not [line for line in lines if f"[{b},{n}," in line or f"[{b},4,{D}]" in line]
+    held = run.lower(params, jnp.zeros(n, bool)).compile().memory_analysis().temp_size_in_bytes
+    assert held < 6 * b * n * 4, held
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"rule": "largest"}, "rule 'largest' is not known"),
+        ({"rule": "groups"}, "k = 3 must divide width = 20"),
+        ({"rule": "raw", "multi_topk": True}, "multi_topk goes with the rule 'positive'"),
+        ({"input_bias": True}, "input_bias=True belongs to a transcoder"),
+        ({"row_norm": "batch"}, "row_norm 'batch' is not known"),
+    ],
+)
+def test_mistakes_in_the_rules(arguments, says):
+    with pytest.raises(UserError, match=says):
+        TopK(D, N, K, **arguments)
