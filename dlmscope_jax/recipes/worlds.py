@@ -88,7 +88,7 @@ def _store(work: Work, name: str, side: Side, world: World, meta: dict[str, Any]
     """The store of one side: as it lies there, complete or not, or a new one."""
     url = work.store_url(name, side)
     try:
-        store = ActivationStore.open(url)
+        store = ActivationStore.open(url, allow_incomplete=True)
     except UserError:
         return ActivationStore.create(url, {ROWS: world.dimension}, meta, dtype="float32", shard_rows=_SHARD)
     if dict(store.meta) != meta:

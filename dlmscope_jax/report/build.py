@@ -13,10 +13,12 @@ from .insertion import insertion
 from .markup import join
 from .overview import overview
 from .page import page
+from .pareto import pareto
+from .recovery import recovery
 from .run import Run, read_run
 from .training import training
 
-SECTIONS = (overview, training, fidelity, insertion, features, generation)
+SECTIONS = (overview, training, recovery, pareto, fidelity, insertion, features, generation)
 
 
 def report(run_dir: str | Path) -> Path:
@@ -24,7 +26,7 @@ def report(run_dir: str | Path) -> Path:
 
     Args:
       run_dir: a run's folder; what it may hold is described in ``run.py``. Parts that were not measured are left out with a line
-        that says so.
+        that says so; comparisons of architectures and synthetic worlds are only there in runs that have such.
 
     Returns:
       The path of the file. It appears whole or not at all.
@@ -42,7 +44,8 @@ def render(run: Run) -> str:
     """The document of a run; the same run gives the same bytes."""
     models = join((model.name for model in run.models), ", ")
     subtitle = join([models, f" · {len(run.dictionaries)} dictionaries" if run.dictionaries else ""])
-    return page(run.name, subtitle, [section(run) for section in SECTIONS])
+    made = [section(run) for section in SECTIONS]
+    return page(run.name, subtitle, [section for section in made if section is not None])
 
 
 def _write_whole(target: Path, document: str) -> None:

@@ -19,8 +19,15 @@ Kinds ("version" is 1 in all; an unknown kind or version is named in the report 
     dictionary and what ``analysis.delta_losses`` gives for it.
 ``features``
     dictionary and what ``analysis.records_to_result`` gives for its ``FeatureRecord``s, with side, dead_share and selection (in words).
+``recovery``
+    dictionary and what ``analysis.recovery`` gives for it, of a dictionary of a synthetic world (whose name stands for a model's).
+``entropy``
+    dictionary and what ``analysis.recovery.code_entropy`` gives for it.
 ``steered_generation``
     dictionary, prompt, sampler, scale (in words) and what ``analysis.steered_generation`` gives.
+
+Results of a run with several architectures also state ``architecture``, ``variant`` (what it is called among others), ``level`` ({"k":
+32} or {"sparsity": 0.01}), ``target`` (where a transcoder writes) and ``init_seed``.
 
 ``dictionary`` is the folder below ``dictionaries/``, for instance ``pocket-dlm/resid_post@2_k32``. A result of a dictionary that
 was trained elsewhere may name it as it likes.
@@ -35,9 +42,9 @@ from typing import Any
 from dlmscope_jax.errors import UserError
 
 VERSION = 1
-_NAMED = re.compile(r"^(?P<model>.+)/(?P<site>[^/]+?@\d+)(?:_k(?P<k>\d+))?$")
+_NAMED = re.compile(r"^(?P<model>.+)/(?P<site>[^/@]+@\d+)(?:_k(?P<k>\d+)|_(?P<rest>[^/]+))?$")
 _SETS = ("all", "masked", "visible", "predicting")
-OBJECTIVES = ("diffusion", "shifted diffusion", "autoregressive")
+OBJECTIVES = ("diffusion", "shifted diffusion", "autoregressive", "synthetic")
 
 
 @dataclass(frozen=True)
@@ -61,11 +68,34 @@ class Dictionary:
     fidelity: dict[str, Any] | None = None
     insertion: dict[str, Any] | None = None
     features: dict[str, Any] | None = None
+    recovery: dict[str, Any] | None = None
+    entropy: dict[str, Any] | None = None
+    rest: str = ""
 
     @property
     def label(self) -> str:
-        """Its place inside its model: site and k."""
+        """Its place inside its model: site and k, or what else its folder says."""
+        if self.rest.startswith("to_"):
+            target = (self.fact("target") or self.rest.removeprefix("to_")).partition("@")[0]
+            return f"{self.site} → {target}, {self.rest.removeprefix(f'to_{target}_').replace('_', ' ')}"
+        if self.rest:
+            return f"{self.site}, {self.rest.replace('_', ' ')}"
         return self.site + (f", k {self.k}" if self.k is not None else "")
+
+    def fact(self, name: str) -> Any:
+        """What a result of it states under this name; None where none does."""
+        found = (part.get(name) for part in (self.fidelity, self.insertion, self.recovery, self.entropy, self.features) if part)
+        return next((value for value in found if value is not None), None)
+
+    @property
+    def variant(self) -> str:
+        """What it is called among other architectures."""
+        return str(self.fact("variant") or self.fact("architecture") or "topk")
+
+    @property
+    def written(self) -> str:
+        """The site that it writes: its own, or a transcoder's target."""
+        return str(self.fact("target") or self.site)
 
     @property
     def sets(self) -> dict[str, dict[str, Any]]:
@@ -168,10 +198,11 @@ def read_run(run_dir: str | Path, measured: bool = True) -> Run:
 _NEEDED = {
     "delta_loss": ("rates", "rows", "conditions"),
     "features": ("records",),
+    "recovery": ("recovered", "mean_cosine"),
     "steered_generation": ("prompt_length", "steps", "plain", "steered"),
 }
 _NEEDED_OF_RECORDS = {"record": ("latent",), "window": ("tokens", "original", "activations")}
-_PARTS = {"fidelity": "fidelity", "delta_loss": "insertion", "features": "features"}
+_PARTS = {"fidelity": "fidelity", "delta_loss": "insertion", "features": "features", "recovery": "recovery", "entropy": "entropy"}
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -227,7 +258,7 @@ def _dictionary_of(result: dict[str, Any], file: Path) -> str:
 
 def _dictionary(name: str, found: dict[str, Any]) -> Dictionary:
     match = _NAMED.match(name)
-    stated = [found[part] for part in ("fidelity", "insertion", "features") if part in found]
+    stated = [found[part] for part in ("fidelity", "insertion", "features", "recovery", "entropy") if part in found]
 
     def state(key: str) -> Any:
         return next((part[key] for part in stated if part.get(key) is not None), None)
@@ -235,7 +266,8 @@ def _dictionary(name: str, found: dict[str, Any]) -> Dictionary:
     model = match["model"] if match else state("model") or name.rpartition("/")[0] or name
     site = match["site"] if match else state("site") or name.rpartition("/")[2]
     k = int(match["k"]) if match and match["k"] else state("k")
-    return Dictionary(name, str(model), str(site), k if isinstance(k, int) else None, **found)
+    rest = match["rest"] if match and match["rest"] else ""
+    return Dictionary(name, str(model), str(site), k if isinstance(k, int) else None, rest=rest, **found)
 
 
 def _models(summary: dict[str, Any], dictionaries: list[Dictionary]) -> tuple[Model, ...]:

@@ -83,6 +83,12 @@ def small_run(model_folders, corpus, tmp_path) -> Run:
     return a_run(model_folders, corpus, tmp_path)
 
 
+@pytest.fixture(scope="session")
+def make_run(model_folders, corpus):
+    """A function from a folder to a small run in it, for fixtures that live longer than a test."""
+    return lambda folder: a_run(model_folders, corpus, folder)
+
+
 def a_run(model_folders: dict[str, str], corpus: str, folder: Path) -> Run:
     return Run(
         name="small",
