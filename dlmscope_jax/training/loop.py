@@ -140,7 +140,7 @@ class _Run:
         self.spec, self.folder = spec, folder
         dictionary = spec.dictionary
         self.site = rows.site(spec.site)
-        self.target = None if spec.target is None else rows.site(spec.target)
+        self.target = None if spec.target is None else rows.target(spec.target)
         _check_width(rows, self.site, spec, "reads", "d_in", dictionary.d_in)
         if self.target is not None:
             _check_width(rows, self.target, spec, "writes", "d_out", dictionary.out)

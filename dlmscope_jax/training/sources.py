@@ -35,7 +35,7 @@ class Source:
         raise NotImplementedError
 
     def site(self, wanted: str | None) -> str:
-        """The name of the site that a training asks for.
+        """The name of the site that a training asks for; a source without names has what is wanted.
 
         Raises:
           UserError: there is no such site, or none was named and there are several.
@@ -44,8 +44,17 @@ class Source:
             return next(iter(self.sites))
         if wanted is None:
             raise UserError(f"the source has the sites {', '.join(self.sites)}: say which one with TrainSpec(..., site=...)")
+        return self.target(wanted)
+
+    def target(self, wanted: str) -> str:
+        """The name of the site that a transcoder writes.
+
+        Raises:
+          UserError: there is no such site.
+        """
         if wanted not in self.sites:
-            raise UserError(f"the source has no site {wanted!r}: it has {', '.join(self.sites)}")
+            has = "its rows have no name" if "" in self.sites else f"it has {', '.join(self.sites)}"
+            raise UserError(f"the source has no site {wanted!r}: {has}")
         return wanted
 
     def sample(self, rows: int, batch_size: int, sites: tuple[str, ...]) -> Batch:

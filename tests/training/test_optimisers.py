@@ -96,7 +96,7 @@ def test_muon_turns_matrices_and_leaves_vectors_to_adam():
 
 
 def test_schedule_free_is_an_average_of_steps():
-    """z_t = z_(t-1) - rate * g / (sqrt(nu / (1 - b2^t)) + eps), x_t a mean of z weighted by rate^2, gradients taken at y = b1 x + (1 - b1) z."""
+    """z_t = z_(t-1) - rate * g / (sqrt(nu / (1 - b2^t)) + eps), x_t a mean of z weighted by rate^2, gradients at b1 x + (1 - b1) z."""
     b1, b2 = 0.9, 0.99
     params, state, optimiser = two_steps("schedule_free", (b1, b2))
     for key, value in PARAMS.items():
@@ -116,7 +116,8 @@ def test_schedule_free_is_an_average_of_steps():
 @pytest.mark.parametrize("name", ["adam", "adam_bf16", "lion", "signum", "muon", "schedule_free"])
 def test_all_of_them_learn_and_hold_the_decoder(name):
     rows, _ = sparse_rows(4_000)
-    spec = TrainSpec(TopK(16, 64, 4), steps=80, batch_size=256, optimizer=name, lr=2e-3, warmup_steps=4, schedule="constant", dead_rows=2_000)
+    fields = {"steps": 80, "batch_size": 256, "lr": 2e-3, "warmup_steps": 4, "schedule": "constant", "dead_rows": 2_000}
+    spec = TrainSpec(TopK(16, 64, 4), optimizer=name, **fields)
     step, state = make_step(spec), init_state(spec, sample=rows[:512])
     losses = []
     for i in range(80):

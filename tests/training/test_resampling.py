@@ -80,7 +80,8 @@ def test_transcoders_take_both_directions():
 def test_every_optimiser_forgets(optimizer):
     spec, state = under_way(optimizer=optimizer)
     dead = np.arange(64) < 10
-    _, after = resample(spec.dictionary, jax.random.key(0), state.params, state.opt_state, ROWS[:64] / state.input_scale, None, jnp.asarray(dead))
+    x = ROWS[:64] / state.input_scale
+    _, after = resample(spec.dictionary, jax.random.key(0), state.params, state.opt_state, x, None, jnp.asarray(dead))
     touched = 0
     for (path, leaf), old in zip(jax.tree_util.tree_leaves_with_path(after), jax.tree.leaves(state.opt_state), strict=True):
         leaf, old = np.asarray(leaf, np.float32), np.asarray(old, np.float32)

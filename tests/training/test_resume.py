@@ -16,7 +16,12 @@ from dlmscope_jax.training import loop, train
 from .conftest import assert_same_bits, small_spec, sparse_rows
 
 ROWS, _ = sparse_rows(1_000)
-SPECS = [small_spec(), small_spec(dictionary=TopK(16, 64, 6))]
+SPECS = [
+    small_spec(),
+    small_spec(dictionary=TopK(16, 64, 6)),
+    small_spec(dictionary=TopK(16, 64, 2), ema=0.9, k_start=8, k_anneal_steps=12, resample_every=7, optimizer="adam_bf16"),
+    small_spec(label="k_free", optimizer="schedule_free", schedule="constant", init_seed=3),
+]
 EVERY = 5
 
 

@@ -86,7 +86,8 @@ def test_annealing_at_its_end_is_the_step_without_it():
 def test_the_table_of_defaults():
     wide = TopK(3584, 2**14, 80)
     assert defaults(wide) == defaults(BatchTopK(3584, 2**14, 80)) == defaults(Matryoshka(3584, 2**14, 80))
-    assert (defaults(wide).lr, defaults(wide).betas, defaults(wide).eps, defaults(wide).settings.aux) == (2e-4, (0.9, 0.999), 6.25e-10, 1 / 32)
+    row = defaults(wide)
+    assert (row.lr, row.betas, row.eps, row.settings.aux) == (2e-4, (0.9, 0.999), 6.25e-10, 1 / 32)
     jump = TrainSpec(JumpReLU(64, 256), steps=200_000)
     assert (jump.lr_used, jump.betas_used, jump.eps_used) == (7e-5, (0.0, 0.999), 1e-8)
     assert (jump.warmup_used, jump.sparsity_warmup_used) == (1_000, 10_000)
