@@ -89,14 +89,18 @@ class Dictionary:
         Args:
           key: a JAX random key.
           sample: rows of the *output* (for an autoencoder the input) in training units; ``b_dec`` starts at their geometric median.
-          inputs: for a transcoder, rows of the input; pre-activations start centred on them (``b_in``, or else ``b_enc``).
+          inputs: for a transcoder, rows of the input; pre-activations start centred on them (``b_in``, or else ``b_enc``). With
+            ``row_norm`` they are the inputs that belong to ``sample``, which is in their units.
 
         Raises:
           UserError: samples of another width.
         """
         self._check_samples(sample, inputs)
-        if sample is not None and not self.transcoder:
+        if self.row_norm != "none" and sample is not None and not self.transcoder:
             sample = rows.normalise(jnp.asarray(sample, jnp.float32), self.row_norm)[0]
+        if self.row_norm != "none" and self.transcoder and inputs is not None:
+            inputs, scale, offset = rows.normalise(jnp.asarray(inputs, jnp.float32), self.row_norm)
+            sample = None if sample is None else (jnp.asarray(sample, jnp.float32) - offset) / scale
         for_decoder, for_encoder = jax.random.split(key)
         w_dec = rows.unit_rows(jax.random.normal(for_decoder, (self.width, self.out), jnp.float32))
         # A transcoder's two spaces differ, so its encoder gets directions of its own.
