@@ -18,6 +18,7 @@ import sys
 import tempfile
 import types
 import venv
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def environment() -> Path:
         venv.create(folder, with_pip=True)
     check = "import importlib.metadata as m; [m.version(n) for n in ('sae-lens', 'eai-sparsify', 'dictionary-learning')]"
     if subprocess.run([python, "-c", check], capture_output=True).returncode:
-        pip = [python, "-m", "pip", "install", "--quiet"]
+        pip = [python, "-m", "pip", "install", "-qq"]
         cpu = ["--extra-index-url", "https://download.pytorch.org/whl/cpu"]
         # the index is not needed where another has CPU builds, and pip goes on without one that does not answer
         if subprocess.run([*pip, TORCH]).returncode:
@@ -84,7 +85,8 @@ def write_ours(folder: Path, formats: list[str]) -> None:
             at = folder / "ours" / format / str(i)
             save_dictionary(at, spec, params, meta, format=format)
             codes = spec.encode(params, x)
-            (at / "label.txt").write_text(f"{spec.KIND}{' transcoder' if spec.transcoder else ''}")
+            options = [f"{f.name}={getattr(spec, f.name)}" for f in fields(spec) if f.default not in (MISSING, getattr(spec, f.name))]
+            (at / "label.txt").write_text(" ".join([spec.KIND, *options]))
             np.savez(at / "expected.npz", acts=spec.dense(codes), y=spec.decode(params, codes, x=x))
 
 
@@ -115,7 +117,7 @@ def compare(folder: Path) -> bool:
             found.append(gap)
         direction = "written here, computed there" if side == "ours" else "written there, computed here"
         label = expected.with_name("label.txt").read_text()
-        print(f"{format:20} {direction:30} {label:42} activations {found[0]:.1e}  outputs {found[1]:.1e}")
+        print(f"{format:20} {direction:30} {label:55} activations {found[0]:.1e}  outputs {found[1]:.1e}")
         key = (format, direction)
         worst[key] = np.maximum(worst.get(key, 0), found)
     print()
@@ -214,9 +216,7 @@ class PeerSAELens(Peer):
                     ActivationScaler(scale).save(str(at / "activation_scaler.json"))
                     sae.fold_activation_norm_scaling_factor(scale)
                 export = self.place(f"{kind} exported{f' scaled by {scale}' if scale else ''}")
-                if kind == "topk":  # as its own runner exports it: decoder norms folded
-                    sae.fold_W_dec_norm()
-                elif sae.cfg.to_dict().get("rescale_acts_by_decoder_norm"):
+                if sae.cfg.to_dict().get("rescale_acts_by_decoder_norm"):  # as its own runner exports it
                     sae.fold_W_dec_norm()
                 sae.save_inference_model(export)
                 computed = SAE.load_from_disk(export, device="cpu")
@@ -226,9 +226,8 @@ class PeerSAELens(Peer):
 
 class PeerSparsify(Peer):
     def compute(self, at: Path):
-        from sparsify import SparseCoder
-
         import torch
+        from sparsify import SparseCoder
 
         coder = SparseCoder.load_from_disk(at)
         found = coder.encode(self.x)

@@ -8,6 +8,7 @@ from collections import OrderedDict
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from dlmscope_jax.dictionaries import (
     BatchTopK,
@@ -396,8 +397,8 @@ def test_what_lies_above_a_hookpoint_comes_with_it(tmp_path, monkeypatch):
     source, cache, asked = repository(tmp_path, monkeypatch)
     (source / "config.json").write_text(json.dumps({"sae": {}, "model": "EleutherAI/pythia-70m"}))
     save_dictionary(source / "layers.3", SPEC, PARAMS, META, format="sparsify")
-    card = json.loads((source / "layers.3" / "cfg.json").read_text())
-    (source / "layers.3" / "cfg.json").write_text(json.dumps(without(card, "dlmscope")))
+    weights = str(source / "layers.3" / "sae.safetensors")
+    safetensors.numpy.save_file(safetensors.numpy.load_file(weights), weights)  # without our card
     meta = load_dictionary("somebody/saes", "layers.3")[2]
     assert (meta.model, meta.site) == ("EleutherAI/pythia-70m", "resid_post@3")
     assert not any(pattern.startswith("..") or pattern.startswith("/") for pattern in asked)

@@ -186,7 +186,16 @@ def test_what_is_written(tmp_path, spec):
     same_function((spec, params, META), *forward(cfg, found, X))
     got = load_dictionary(tmp_path)
     same_function(got, *forward(cfg, found, X))
-    assert got[0].multi_topk == spec.multi_topk and replace(got[2], extra={}) == META
+    assert cfg["multi_topk"] is False  # the library's forward would return what 4 k latents reconstruct
+    assert replace(got[2], extra={}) == META
+
+
+def test_a_card_that_is_none(tmp_path):
+    write(tmp_path, config(), tensors())
+    for card, says in (("{", "its dlmscope card is not JSON"), ('{"model": 3}', "dlmscope: ")):
+        safetensors.numpy.save_file(tensors(), str(tmp_path / "sae.safetensors"), metadata={"dlmscope": card})
+        with pytest.raises(UserError, match=says):
+            load_dictionary(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
-"""Our card inside another library's configuration: what that library has no field for survives a round trip."""
+"""Our card inside another library's files: what that library has no field for survives a round trip."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,3 +37,21 @@ def of(
 def to_write(meta: DictionaryMeta, own: tuple[str, ...]) -> dict[str, Any]:
     """The card as JSON values, without the entries of ``extra`` that the format writes itself (``own``)."""
     return meta_to_mapping(replace(meta, extra={key: value for key, value in meta.extra.items() if key not in (*own, "format")}))
+
+
+def of_safetensors(path: Path) -> Any:
+    """The card in the header of a safetensors file, where it lies for libraries that look at every key of their configuration.
+
+    Raises:
+      UserError: not a safetensors file, a card that is not JSON.
+    """
+    import safetensors
+
+    try:
+        with safetensors.safe_open(str(path), framework="numpy") as file:
+            text = (file.metadata() or {}).get(KEY)
+        return None if text is None else json.loads(text)
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path}: not a safetensors file: {error}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: its {KEY} card is not JSON") from None

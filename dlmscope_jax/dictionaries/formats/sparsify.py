@@ -50,7 +50,8 @@ def load(folder: Path, files: frozenset[str], config: dict) -> tuple[TopK, dict,
 def save(folder: Path, spec: Any, params: dict, meta: DictionaryMeta) -> None:
     """Writes ``sae.safetensors`` and ``cfg.json`` that ``sparsify.SparseCoder.load_from_disk`` reads.
 
-    An autoencoder that does not subtract ``b_dec``, and a transcoder's ``b_in``, go into ``encoder.bias``.
+    An autoencoder's ``b_dec`` that is not subtracted, and a transcoder's ``b_in``, go into ``encoder.bias``. ``multi_topk`` is written as
+    false: with it the library's ``forward`` returns what 4 k latents reconstruct.
 
     Raises:
       UserError: anything but TopK with the rule "positive" or "groups", a transcoder between rows of different widths, per-row
@@ -80,14 +81,14 @@ def save(folder: Path, spec: Any, params: dict, meta: DictionaryMeta) -> None:
         "normalize_decoder": True,
         "num_latents": spec.width,
         "k": spec.k,
-        "multi_topk": spec.multi_topk,
+        "multi_topk": False,
         "skip_connection": spec.skip,
         "transcode": spec.transcoder,
         "d_in": spec.d_in,
-        cards.KEY: cards.to_write(meta, ("config", "run")),
     }
     state = {_NAMES.get(name, name): array for name, array in arrays.items()}
-    write_whole(folder / WEIGHTS, lambda path: safetensors.numpy.save_file(state, str(path)))
+    card = {cards.KEY: json.dumps(cards.to_write(meta, ("config", "run", "hookpoint")))}
+    write_whole(folder / WEIGHTS, lambda path: safetensors.numpy.save_file(state, str(path), metadata=card))
     write_whole(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))
 
 
@@ -127,10 +128,10 @@ def _meta(folder: Path, where: Path, config: dict, spec: TopK) -> DictionaryMeta
     at = folder.resolve()
     at = at.parent if re.fullmatch(r"seed\d+", at.name) else at
     run = _run(at.parent / RUN)
-    extra: dict[str, Any] = {"format": "sparsify", "config": {key: value for key, value in config.items() if key != cards.KEY}}
-    extra |= {"run": run} if run else {}
-    if config.get(cards.KEY) is not None:  # written here: it knows its site, and its folder may have any name
-        return cards.of(where, config[cards.KEY], extra)
+    extra: dict[str, Any] = {"format": "sparsify", "config": config} | ({"run": run} if run else {})
+    card = cards.of_safetensors(folder / WEIGHTS)
+    if card is not None:  # written here: it knows its site, and its folder may have any name
+        return cards.of(folder / WEIGHTS, card, extra)
     read, written, layer = hooks.from_module(at.name)
     transcode = bool(config.get("transcode", False))
     extra |= {"hookpoint": at.name} | ({"target": written} if transcode else {})
