@@ -3,10 +3,12 @@
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 
 from dlmscope_jax.activations import ActivationStore
-from dlmscope_jax.analysis.recovery import recovery
+from dlmscope_jax.analysis.densities import is_binary
+from dlmscope_jax.analysis.recovery import binary_entropy, recovery
 from dlmscope_jax.data.worlds import World
 from dlmscope_jax.errors import UserError
 from dlmscope_jax.training import Progress
@@ -49,7 +51,10 @@ def harvest_world(work: Work, name: str) -> None:
 
 
 def evaluate_world(work: Work, name: str, found: dict[str, Any], marks: dict[str, Any], kinds: dict[str, Any]) -> None:
-    """Which share of a world's features each dictionary recovered, and how well its activations say where they are on."""
+    """Which share of a world's features each dictionary recovered, and how well its activations say where they are on.
+
+    In a world of ``directions``, also the entropy of binary codes beside the true one, and that of the same dictionary untrained.
+    """
     run, world = work.run, _world(work, name)
     truth = world.directions(run.seed)
     rows = codes = None
@@ -57,18 +62,21 @@ def evaluate_world(work: Work, name: str, found: dict[str, Any], marks: dict[str
         stage.reused = True
         for key, (spec, params, _) in found.items():
             inputs = {"world": dataclasses.asdict(world), "seed": run.seed, "dictionary": marks[key], "rows": run.harvest.test_rows}
-            if work.read("recovery", key, inputs) is not None:
+            in_bits = world.kind == "directions" and is_binary(spec)
+            if work.read("recovery", key, inputs) is not None and (not in_bits or work.read("entropy", key, inputs) is not None):
                 continue
             stage.reused = False
             if rows is None:
                 rows, codes = world.rows(run.seed, _TEST_FROM, min(run.harvest.test_rows, _EXAMINED))
             work.write("recovery", key, inputs, recovery(spec, params, truth, rows, codes) | kinds[key] | {"world": world.kind})
+            if in_bits:
+                untrained = binary_entropy(spec, spec.init(jax.random.key(run.seed)), rows)
+                found_bits = binary_entropy(spec, params, rows) | {"truth": world.bits, "true_features": world.features}
+                work.write("entropy", key, inputs, found_bits | kinds[key] | {"untrained": untrained})
 
 
 def describe_world(work: Work, name: str) -> None:
     """The world's line in the run's summary."""
-    import jax
-
     run, world = work.run, _world(work, name)
     entry = {"name": name, "objective": "synthetic", "d_model": world.dimension, "world": dataclasses.asdict(world)}
     rows = {"train": {"rows": run.harvest.train_rows}, "test": {"rows": run.harvest.test_rows}}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dlmscope_jax.errors import UserError
 
+from .entropy import entropy
 from .features import features
 from .fidelity import fidelity
 from .generation import generation
@@ -18,7 +19,7 @@ from .recovery import recovery
 from .run import Run, read_run
 from .training import training
 
-SECTIONS = (overview, training, recovery, pareto, fidelity, insertion, features, generation)
+SECTIONS = (overview, training, recovery, entropy, pareto, fidelity, insertion, features, generation)
 
 
 def report(run_dir: str | Path) -> Path:

@@ -22,7 +22,8 @@ Kinds ("version" is 1 in all; an unknown kind or version is named in the report 
 ``recovery``
     dictionary and what ``analysis.recovery`` gives for it, of a dictionary of a synthetic world (whose name stands for a model's).
 ``entropy``
-    dictionary and what ``analysis.recovery.code_entropy`` gives for it.
+    dictionary and what ``analysis.recovery.binary_entropy`` gives for it, with the world's ``truth`` (bits) and ``true_features``, and
+    ``untrained``: the same of the dictionary before training.
 ``steered_generation``
     dictionary, prompt, sampler, scale (in words) and what ``analysis.steered_generation`` gives.
 
@@ -199,6 +200,7 @@ _NEEDED = {
     "delta_loss": ("rates", "rows", "conditions"),
     "features": ("records",),
     "recovery": ("recovered", "mean_cosine"),
+    "entropy": ("bits", "truth"),
     "steered_generation": ("prompt_length", "steps", "plain", "steered"),
 }
 _NEEDED_OF_RECORDS = {"record": ("latent",), "window": ("tokens", "original", "activations")}
