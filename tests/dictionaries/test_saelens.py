@@ -225,6 +225,7 @@ def test_configurations_before_version_6(tmp_path, old, architecture):
     loaded = load_dictionary(write(tmp_path, OLD | old, found))
     same_function(loaded, *forward(new, found, X))
     assert (loaded[2].model, loaded[2].site) == ("gelu-2l", "mlp_out@1")
+    assert ("note" in loaded[2].extra) == (norm is True)  # scaled in training, and folded as far as anybody can tell
 
 
 @pytest.mark.parametrize("name", ["finetuning_scaling_factor", "scaling_factor"])
