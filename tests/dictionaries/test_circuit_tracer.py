@@ -161,6 +161,27 @@ def test_one_call_adds_one_layer(tmp_path):
         load_dictionary(tmp_path)
 
 
+def test_a_set_of_others_keeps_what_it_says(tmp_path):
+    """Keys that are not ours stay, so does another name of the same hook; where no activation is named, the weights say it."""
+    write(tmp_path, {0: weights("jump_relu"), 2: weights()}, scan="somebody/scan")
+    before = config_of(tmp_path)
+    params = {name: jnp.asarray(value) for name, value in weights(seed=4).items()}
+    save_dictionary(tmp_path, ReLU(D, N, d_out=D), params, META, format="circuit_tracer")
+    assert config_of(tmp_path) == before
+    written.agree(load_dictionary(tmp_path, "layer_1.safetensors"), *forward(weights(seed=4), "relu"))
+    written.agree(load_dictionary(tmp_path, "layer_0.safetensors"), *forward(weights("jump_relu"), "jump_relu"))
+    with pytest.raises(UserError, match="its layers have activation None, this one has 'topk'"):
+        save_dictionary(tmp_path, TopK(D, N, K, d_out=D, rule="raw"), params, META, format="circuit_tracer")
+
+
+def test_replacing_the_only_layer_starts_the_set_anew(tmp_path):
+    params = {name: jnp.asarray(value) for name, value in weights().items()}
+    save_dictionary(tmp_path, TopK(D, N, K, d_out=D, rule="raw"), params, META, format="circuit_tracer")
+    save_dictionary(tmp_path, ReLU(D, N, d_out=D), params, META, format="circuit_tracer")
+    assert "k" not in config_of(tmp_path)
+    written.agree(load_dictionary(tmp_path), *forward(weights(), "relu"))
+
+
 @pytest.mark.parametrize(
     ("spec", "change", "says"),
     [

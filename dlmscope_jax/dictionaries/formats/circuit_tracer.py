@@ -43,7 +43,6 @@ _READ = {
     "mlp.hook_in": ("mlp_in", "raw"),
     "ln2.hook_normalized": ("mlp_in", "folded"),
 }
-_KEYS = ("model_kind", "model_name", "feature_input_hook", "feature_output_hook", "activation", "k")
 _MAX_CONFIG = 2**18
 
 
@@ -114,7 +113,7 @@ def save(folder: Path, spec: Any, params: dict, meta: DictionaryMeta) -> None:
     whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     card = {cards.KEY: json.dumps(cards.to_write(meta, ("target",)))}
     path = folder / f"layer_{meta.layer}.safetensors"
-    settings = _joined(folder, path.name, settings, spec)
+    settings = _joined(folder, settings, spec, meta)
     text = yaml.safe_dump(settings, sort_keys=False)
     write_whole(path, lambda at: safetensors.numpy.save_file(whole, str(at), metadata=card))
     write_whole(folder / CONFIG, lambda at: at.write_text(text, encoding="utf-8"))
@@ -150,15 +149,19 @@ def _settings(spec: Any, meta: DictionaryMeta) -> dict[str, Any]:
     return model | {"feature_input_hook": hooks[0], "feature_output_hook": written} | activation
 
 
-def _joined(folder: Path, own: str, settings: dict[str, Any], spec: Any) -> dict[str, Any]:
+def _joined(folder: Path, settings: dict[str, Any], spec: Any, meta: DictionaryMeta) -> dict[str, Any]:
     """The configuration of the set after this layer has joined it; a set without other layers takes the new one's."""
+    own = f"layer_{meta.layer}.safetensors"
     others = sorted(path for path in folder.glob("layer_*.safetensors") if _LAYER.fullmatch(path.name) and path.name != own)
     if not others or not (folder / CONFIG).is_file():
         return settings
     before = _config(folder)
-    for key in _KEYS:
-        if key in before and _meaning(key, before[key]) != _meaning(key, settings.get(key)):
-            raise UserError(f"{folder / CONFIG}: its layers have {key} {short(before[key]):.60}, this one has {settings.get(key)!r}")
+    if "activation" not in before and settings["activation"] != "topk":
+        settings = {key: value for key, value in settings.items() if key != "activation"}  # each layer's weights say which of the two it is
+    for key, value in settings.items():
+        there = before.get(key)
+        if (key in before or key == "activation") and _meaning(key, there, meta.model) != _meaning(key, value, meta.model):
+            raise UserError(f"{folder / CONFIG}: its layers have {key} {short(there):.60}, this one has {value!r}")
     for other in others:
         with open_safetensors(other) as tensors:
             width, d = tensors.matrix("W_enc")
@@ -167,11 +170,18 @@ def _joined(folder: Path, own: str, settings: dict[str, Any], spec: Any) -> dict
     return settings | before
 
 
-def _meaning(key: str, value: Any) -> Any:
+def _meaning(key: str, value: Any, model: str) -> Any:
     """Hooks of two names that hold the same numbers are one."""
     if key == "feature_input_hook" and isinstance(value, str):
         return _READ.get(value, value)
-    return value
+    return _written(value, model) if key == "feature_output_hook" else value
+
+
+def _written(hook: Any, model: Any) -> str | None:
+    """The site that a set writes. Where outputs are normed before they are added (Gemma), the MLP's own output is another one."""
+    if hook == "mlp.hook_out" and isinstance(model, str) and "gemma" in model.lower():
+        return "mlp_raw"
+    return "mlp_out" if hook in ("hook_mlp_out", "mlp.hook_out") else None
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -204,9 +214,7 @@ def _meta(path: Path, settings: dict[str, Any], layer: int) -> DictionaryMeta:
         raise UserError(f"{path}: its {cards.KEY} card is not JSON") from None
     model, read, written = (settings.get(key) for key in ("model_name", "feature_input_hook", "feature_output_hook"))
     name, form = _READ.get(read, (None, None)) if isinstance(read, str) else (None, None)
-    # where outputs are normed before they are added, the MLP's own output is another site
-    raw = written == "mlp.hook_out" and isinstance(model, str) and "gemma" in model.lower()
-    target = f"{'mlp_raw' if raw else 'mlp_out'}@{layer}" if written in ("hook_mlp_out", "mlp.hook_out") else f"blocks.{layer}.{written}"
+    target = f"{_written(written, model)}@{layer}" if _written(written, model) else f"blocks.{layer}.{written}"
     extra = {"format": "circuit_tracer", "target": target}
     site = f"{name}@{layer}" if name else f"blocks.{layer}.{read}"
     return cards.of(path, card, extra, model=model, site=site, layer=layer, weight_processing=form)
