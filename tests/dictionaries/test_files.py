@@ -417,6 +417,34 @@ def test_one_folder_holds_one_dictionary(tmp_path, format, other):
             save_dictionary(tmp_path, SPEC, PARAMS, META, format=format)
 
 
+ODD = [None, [], {}, "x", "", -1, 0, 2**70, 0.5, True, float("inf"), float("nan"), [[1]], {"a": 1}]
+
+
+def everywhere(value, odd):
+    """``value`` with each of its entries, at any depth, replaced by ``odd`` in turn."""
+    if isinstance(value, dict):
+        for key in value:
+            yield {**value, key: odd}
+            yield from ({**value, key: inner} for inner in everywhere(value[key], odd))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_odd_values_in_a_configuration_end_in_one_line(tmp_path, format):
+    """Whatever stands in it, a configuration is read or refused; nothing else happens."""
+    save_dictionary(tmp_path, SPEC, PARAMS, META, format=format)
+    path = next(tmp_path.glob("*.json"))
+    whole, refused = json.loads(path.read_text()), 0
+    for odd in ODD:
+        for config in [*everywhere(whole, odd), odd]:
+            path.write_text(json.dumps(config))
+            try:
+                load_dictionary(tmp_path)
+            except UserError as error:
+                refused += 1
+                assert "\n" not in str(error) and len(str(error)) < 1200
+    assert refused > len(ODD)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_file_of_weights_may_be_named(tmp_path, format):
     save_dictionary(tmp_path / "a", SPEC, PARAMS, META, format=format)

@@ -75,7 +75,7 @@ def load(folder: Path, files: frozenset[str], config: dict) -> tuple[Any, dict, 
         raise UserError(f"{where}: {'unknown' if key in config else 'missing'} key {key!r}: a dictionary has {', '.join(sorted(_KEYS))}")
     if config["version"] != VERSION:
         raise UserError(f"{where}: version {config['version']!r}, this package reads {VERSION}")
-    if config["kind"] not in KINDS:
+    if not isinstance(config["kind"], str) or config["kind"] not in KINDS:
         raise UserError(f"{where}: kind {config['kind']!r} is not known: one of {', '.join(KINDS)}")
     try:
         spec = from_mapping(KINDS[config["kind"]], config["dictionary"])
