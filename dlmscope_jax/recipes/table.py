@@ -7,6 +7,7 @@ from typing import Any
 from dlmscope_jax.report import read_run
 from dlmscope_jax.report.insertion import at_reference, reference_rate
 
+_RECOVERED = ("dictionary", "recovered", "MCC", "EV", "L0", "dead", "bits", "true bits")
 _TRAINED = ("dictionary", "steps", "loss", "EV", "L0", "dead")
 _HEAD = ("dictionary", "rows", "EV", "L0", "dead", "dloss (nats)", "KL", "noise KL", "zero KL", "scored at")
 
@@ -19,6 +20,8 @@ def headline(folder: Path) -> str:
     """
     lines = [_HEAD]
     for d in read_run(folder).dictionaries:
+        if d.recovery:
+            continue  # no model loses anything in a synthetic world
         rows_of, fidelity = d.own
         rate = reference_rate(d)
         spliced = at_reference(d, "spliced") or {}
@@ -38,7 +41,29 @@ def headline(folder: Path) -> str:
                 "-" if rate is None else "next token" if rate == 0 else f"rate {rate:g}",
             )
         )
-    return _aligned(lines)
+    return "\n\n".join(_aligned(table) for table in (lines, _recovered(folder)) if len(table) > 1)
+
+
+def _recovered(folder: Path) -> list[tuple[str, ...]]:
+    """Dictionaries of synthetic worlds: the share of true features that they found, the mean cosine, and entropies where there are some."""
+    found = [d for d in read_run(folder).dictionaries if d.recovery]
+    lines: list[tuple[str, ...]] = [_RECOVERED]
+    for d in found:
+        recovery, entropy, fidelity = d.recovery or {}, d.entropy or {}, d.own[1]
+        share, dead = recovery["recovered"], fidelity.get("dead_share")
+        lines.append(
+            (
+                d.name,
+                f"{100 * share:.1f} %",
+                _shown(recovery["mean_cosine"], ".4f"),
+                _shown(fidelity.get("explained_variance"), ".4f"),
+                _shown(fidelity.get("l0"), ".2f"),
+                "-" if dead is None else f"{100 * dead:.1f} %",
+                _shown(entropy.get("bits"), ".2f"),
+                _shown(entropy.get("truth"), ".1f"),
+            )
+        )
+    return lines
 
 
 def trained(folder: Path) -> str:

@@ -14,7 +14,7 @@ _NAMES = {
 _LOOKS = {
     "topk": (0, 0), "batch_topk": (1, 1), "matryoshka": (2, 2), "relu": (3, 3), "jumprelu": (4, 4), "gated": (8, 5), "binary": (6, 1),
 }  # fmt: skip
-_LEVELS = {"k": "k", "sparsity": "λ", "target_l0": "L0*", "entropy": "λ entropy", "covariance": "λ covariance"}
+_LEVELS = {"k": "k", "sparsity": "λ", "target_l0": "L0*", "entropy": "αe", "covariance": "αc"}
 
 
 @dataclass(frozen=True)

@@ -188,7 +188,8 @@ class Row:
 
 def dot_plot(title: str, rows: Sequence[Row], series: Sequence[Series], x: Axis, note: str | None = None, keys: bool = True) -> Html:
     """One line a thing, one mark a series: for values of unlike things beside each other. ``Point.y`` is the value, its x is not used."""
-    width, left, right, top, bottom, step = 480, 124, 14, 6, 42, 22
+    width, right, top, bottom, step = 480, 14, 6, 42, 22
+    left = min(max(124, 6 * max((len(row.name) for row in rows), default=0) + 16), 230)
     tops, groups, place = [], [], top
     for i, row in enumerate(rows):
         if row.group and (i == 0 or rows[i - 1].group != row.group):

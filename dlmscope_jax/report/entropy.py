@@ -39,9 +39,9 @@ def entropy(run: Run) -> Section | None:
     if any(value is not None for value in untrained.values()):
         lines.append(Series("untrained", tuple(Point(x, y) for x, y in sorted(untrained.items())), 5, 5, 1))
     said = lead(
-        "Rows are sums of fixed directions that are independently there or not, so that the entropy of what made a row is known. "
-        "The code's is the sum of its latents' entropies over held-out rows, with the correction for few rows: an upper bound of its joint entropy, "
-        "because copies of a latent count as often as they occur. Entropies at unequal explained variance do not compare."
+        "Rows are sums of fixed directions that are independently there or not, so that the entropy of what made a row is known. The "
+        "code's is the sum of its latents' entropies over held-out rows, with the correction for few rows: an upper bound of its joint "
+        "entropy, because copies of a latent count as often as they occur. Entropies at unequal explained variance do not compare."
     )
     x, y = (Axis(label, "log", form=lambda v: fixed(v, 1)) for label in ("true entropy, bits", "entropy of the code, bits"))
     plot = line_plot("Entropy of the code against the truth", lines, x, y, size=(560, 320))

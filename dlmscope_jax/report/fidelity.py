@@ -9,6 +9,7 @@ from .page import Section, lead, missing
 from .run import Dictionary, Run
 from .tables import fixed, number, percent, stacked, tick
 
+_OPEN = 8  # more tables than this are folded away
 _SETS = {"all": "all rows", "masked": "masked", "visible": "visible", "predicting": "predicting"}
 
 
@@ -39,6 +40,8 @@ def fidelity(run: Run) -> Section:
         return Section("fidelity", "Fidelity", missing("Fidelity was not measured in this run (no results of kind “fidelity”)."))
     places = list(dict.fromkeys(d.label for d in measured))
     tables = [_table(run, place, [d for d in measured if d.label == place]) for place in places]
+    if len(tables) > _OPEN:
+        tables = [el("details", el("summary", f"Tables of {len(tables)} places and dictionaries"), *tables)]
     absent = [m.name for m in run.models if not any(d.model == m.name for d in measured)]
     notes = [missing("Not measured for " + ", ".join(absent) + ".")] if absent else []
     few = [d for d in measured if d.fidelity.get("enough_rows") is False]
@@ -53,7 +56,8 @@ def fidelity(run: Run) -> Section:
     said = lead(
         "Reconstruction of held-out rows. Masked and visible rows are those whose own input is, or is not, a mask. Dead latents fired on "
         "none of the n rows of the dictionary's own kind. Brackets are 95 % intervals over documents. Explained variance depends on the "
-        "spread of the rows that it is taken over: compare it across columns only together with the relative error."
+        "spread of the rows that it is taken over: compare it across columns only together with the relative error. Of a transcoder x is "
+        "the row that it should produce; of a binary code, a latent is active where it has its rarer value."
     )
     return Section("fidelity", "Fidelity", join([said, *tables, *notes, _by_rate(run, measured)]))
 

@@ -41,7 +41,7 @@ def recovery(run: Run) -> Section | None:
         rows = []
         for s in there:
             values = [s.measured(read) for _, read, _ in _QUANTITIES]
-            name = f"{s.name} {s.level}"
+            name = s.name if [other.name for other in there].count(s.name) == 1 else f"{s.name} {s.level}"
             point = Point(0, values[0]["value"], values[0].get("low"), values[0].get("high"))
             lines.append(Row(name, {0: point}, group=m.name))
             shown = [interval(value, form) for value, (_, _, form) in zip(values, _QUANTITIES, strict=True)]

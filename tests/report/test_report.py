@@ -336,10 +336,10 @@ def test_sets_and_generations_have_an_order_of_their_own(make_run):
 
 def test_results_of_other_kinds_and_versions_are_named(make_run):
     folder = make_run(latents=1, windows=1, layers=(2,))
-    (folder / "results" / "x.json").write_text('{"kind": "entropy", "version": 1}')
+    (folder / "results" / "x.json").write_text('{"kind": "transfer", "version": 1}')
     (folder / "results" / "y.json").write_text('{"kind": "fidelity", "version": 7}')
     said = parsed(report(folder)).one("section", identity="summary").text
-    assert "x.json: this report does not show results of kind 'entropy'" in said and "y.json: written as version 7" in said
+    assert "x.json: this report does not show results of kind 'transfer'" in said and "y.json: written as version 7" in said
 
 
 def test_numbers_that_are_not_there_are_dashes(make_run):
