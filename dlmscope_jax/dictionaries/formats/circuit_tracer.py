@@ -139,7 +139,7 @@ def _settings(spec: Any, meta: DictionaryMeta) -> dict[str, Any]:
         raise wrong(f"has {known}, no {type(spec).__name__}{rule}")
     name, _, layer = meta.site.partition("@")
     hooks = [hook for hook, place in _READ.items() if place == (name, meta.weight_processing or "raw")]
-    written = {f"mlp_out@{layer}": "hook_mlp_out", f"mlp_raw@{layer}": "mlp.hook_out"}.get(meta.extra.get("target"))
+    written = {f"mlp_out@{layer}": "hook_mlp_out", f"mlp_raw@{layer}": "mlp.hook_out"}.get(meta.target)
     if not hooks or written is None or layer != str(meta.layer) or not layer.isdigit():
         raise wrong(
             "reads mlp_in@L or resid_mid@L of raw weights, or mlp_in@L of folded ones, and writes mlp_out@L (meta.extra['target']); this"
@@ -204,14 +204,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _meta(path: Path, settings: dict[str, Any], layer: int) -> DictionaryMeta:
-    import safetensors
-
-    with safetensors.safe_open(str(path), framework="numpy") as file:
-        card = (file.metadata() or {}).get(cards.KEY)
-    try:
-        card = None if card is None else json.loads(card)
-    except (ValueError, RecursionError):
-        raise UserError(f"{path}: its {cards.KEY} card is not JSON") from None
+    card = cards.of_safetensors(path)
     model, read, written = (settings.get(key) for key in ("model_name", "feature_input_hook", "feature_output_hook"))
     name, form = _READ.get(read, (None, None)) if isinstance(read, str) else (None, None)
     target = f"{_written(written, model)}@{layer}" if _written(written, model) else f"blocks.{layer}.{written}"
