@@ -140,6 +140,10 @@ class TrainSpec:
                 raise UserError("TrainSpec: k_start does not go with the rule 'groups', which keeps one latent of each of k groups")
             if self.k_anneal_used >= self.steps:
                 raise UserError(f"TrainSpec: k_anneal_steps = {self.k_anneal_used} must leave steps at the final k: below {self.steps}")
+        if self.normalize == "none" and self.dictionary.row_norm == "none" and getattr(self.dictionary, "bandwidth", 0.0) is None:
+            raise UserError(
+                "TrainSpec: normalize='none' leaves JumpReLU's window without a unit: give it bandwidth, in units of the raw rows"
+            )
         if self.optimizer == "schedule_free":
             for name in ("ema", "resample_every"):
                 if getattr(self, name) is not None:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from dlmscope_jax.activations import ActivationStore
-from dlmscope_jax.dictionaries import TopK, load_dictionary
+from dlmscope_jax.dictionaries import LossSettings, TopK, load_dictionary
 from dlmscope_jax.errors import UserError
-from dlmscope_jax.training import read_metrics, train
+from dlmscope_jax.training import init_state, make_step, read_metrics, train
 
 from .conftest import assert_same_bits, small_spec, sparse_rows
 
@@ -41,10 +41,14 @@ def test_several_together_are_each_alone(store, final_states, tmp_path):
         small_spec(site="resid_post@2"),
         small_spec(site="resid_post@2", dictionary=TopK(16, 64, 6)),
         small_spec(site="resid_post@4"),
+        # of the first one's program, with other numbers and other first weights
+        small_spec(site="resid_post@2", label="other_weights", init_seed=7),
+        small_spec(site="resid_post@2", label="other_rate", lr=1e-3, settings=LossSettings(aux=0.1), dead_rows=64),
     ]
+    assert make_step(specs[0]) is make_step(specs[3]) is make_step(specs[4])
     together = train(specs, store, tmp_path / "together")
     states = dict(final_states)
-    assert list(states) == ["resid_post@2_k4", "resid_post@2_k6", "resid_post@4_k4"]
+    assert list(states) == ["resid_post@2_k4", "resid_post@2_k6", "resid_post@4_k4", "other_weights", "other_rate"]
     for spec, trained in zip(specs, together, strict=True):
         final_states.clear()
         [alone] = train(spec, store, tmp_path / "alone")
@@ -52,7 +56,7 @@ def test_several_together_are_each_alone(store, final_states, tmp_path):
         assert_same_bits(alone.params, trained.params)
         for name in ("config.json", "weights.safetensors", "metrics.jsonl"):
             assert (alone.path / name).read_bytes() == (trained.path / name).read_bytes()
-    assert len({trained.params["W_dec"].tobytes() for trained in map(_on_host, together)}) == 3
+    assert len({trained.params["W_dec"].tobytes() for trained in map(_on_host, together)}) == 5
 
 
 def _on_host(trained):
@@ -79,6 +83,13 @@ def test_what_is_saved_acts_on_raw_rows_and_says_where_it_belongs(store, final_s
     spec_there, params_there, meta_there = load_dictionary(tmp_path / "resid_post@4_k4")
     assert spec_there == trained.spec and meta_there == meta
     assert_same_bits(params_there, trained.params)
+
+
+def test_first_weights_have_a_seed_of_their_own():
+    weights = lambda **seeds: np.asarray(init_state(small_spec(**seeds)).params["W_enc"])  # noqa: E731
+    np.testing.assert_array_equal(weights(seed=3), weights(init_seed=3))
+    np.testing.assert_array_equal(weights(seed=3), weights(seed=5, init_seed=3))
+    assert (weights(seed=3) != weights(seed=3, init_seed=4)).any()
 
 
 def test_metrics_are_means_over_intervals_without_times(tmp_path):
