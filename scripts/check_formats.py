@@ -40,9 +40,8 @@ def environment() -> Path:
     if subprocess.run([python, "-c", check], capture_output=True).returncode:
         pip = [python, "-m", "pip", "install", "-qq"]
         cpu = ["--extra-index-url", "https://download.pytorch.org/whl/cpu"]
-        # the index is not needed where another has CPU builds, and pip goes on without one that does not answer
-        if subprocess.run([*pip, TORCH]).returncode:
-            subprocess.run([*pip, *cpu, TORCH], check=True)
+        if subprocess.run([*pip, *cpu, TORCH]).returncode:  # without that index: whatever the usual one has
+            subprocess.run([*pip, TORCH], check=True)
         (folder / "constraints.txt").write_text(TORCH + "\n")
         subprocess.run([*pip, "--constraint", folder / "constraints.txt", SAELENS, SPARSIFY], check=True)
         # its declared dependencies are those of language models and another torch; its dictionaries need none
