@@ -7,7 +7,7 @@ case and fails above 1e-5 of the largest value.
 
     .venv/bin/python scripts/check_formats.py [saelens] [sparsify] [dictionary_learning]
 
-Makes an environment of its own, .venv-formats, with torch 2.13.0 and the three libraries (3 GB of disk, some minutes).
+Makes an environment of its own, .venv-formats, with torch 2.13.0 and the three libraries (2 GB of disk, some minutes).
 """
 
 import argparse
