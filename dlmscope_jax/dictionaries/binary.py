@@ -131,7 +131,8 @@ class Binary(Dictionary):
 
         H is the sum over latents of the batch's marginal entropy in bits, Q the sum over pairs of distinct latents, each counted twice,
         of the absolute unbiased covariance over the batch. Of independent bits, Q is sampling noise: about 0.8 p (1 - p) N^2 / sqrt(B),
-        so its weight goes with width and batch. A batch of one row has H = Q = 0. ``dead`` is not used.
+        so its weight goes with width and batch. A batch of one row has H = Q = 0. ``dead`` is not used. The parts' ``fired`` and
+        ``l0`` count each bit's rarer value in the batch, since an always-on bit is as dead as an always-off one.
         """
         x, target = self._pair(x, target)
         support, values = self._step(params, x)
@@ -140,7 +141,9 @@ class Binary(Dictionary):
         error = squared(residual) / (self.out if self.follows == "code" else 1)
         terms = {"reconstruction": error}
         terms |= {"entropy": settings.entropy * measured["entropy"], "covariance": settings.covariance * measured["covariance"]}
-        return total(terms), self._parts(residual, target, Dense(support), terms, measured)
+        parts = self._parts(residual, target, Dense(support), terms, measured)
+        rarer = jnp.minimum(parts.fired, len(x) - parts.fired)
+        return total(terms), parts.replace(fired=rarer, l0=rarer.sum().astype(jnp.float32) / len(x))
 
     def fold(self, params: dict, scale: float | Array, out_scale: float | Array | None = None) -> dict:
         """See ``Dictionary.fold``; bits have no scale, so the encoder takes the input's and the decoder the output's."""
