@@ -12,7 +12,7 @@ from dlmscope_jax.dictionaries import BatchTopK, Dense, FlatSparse, LossSettings
 from dlmscope_jax.errors import UserError
 from dlmscope_jax.kernels.topk import batch
 
-D, N, K, B = 6, 20, 3, 11
+D, N, K, B = 6, 20, 2, 11  # N / k is 10: the products gather; tests/dictionaries/test_matryoshka.py has the dense ones
 SPEC = BatchTopK(D, N, K, k_aux=4)
 VARIANTS = {
     "autoencoder": SPEC,
@@ -93,7 +93,7 @@ def test_ties_go_to_the_lowest_position_of_the_batch():
 
 
 def test_negative_preactivations_are_cut_after_the_selection():
-    """With 5 positive entries of 33 kept ones, 28 negative ones are kept and cut."""
+    """With 5 positive entries of 22 kept ones, 17 negative ones are kept and cut."""
     pre = preactivations(SPEC, PARAMS, X)
     fifth = jnp.sort(pre.reshape(-1))[-6]
     params = PARAMS | {"b_enc": PARAMS["b_enc"] - fifth - 1e-4}
@@ -165,7 +165,7 @@ def test_auxk_reaches_encoders_that_are_negative_on_the_whole_batch():
         np.testing.assert_array_equal(with_aux[name][live], without[name][live])  # its target is held constant
 
 
-@pytest.mark.parametrize("fewer", [1, 2, 3])
+@pytest.mark.parametrize("fewer", [1, 2])
 def test_a_smaller_k_now_is_that_dictionary_exactly(fewer):
     small = dataclasses.replace(SPEC, k=fewer)
     (loss, parts), gradient = jax.value_and_grad(SPEC.loss, has_aux=True)(PARAMS, X, settings=LossSettings(k=jnp.int32(fewer)))
@@ -179,7 +179,7 @@ def test_a_smaller_k_now_is_that_dictionary_exactly(fewer):
 
 def test_another_k_compiles_nothing():
     run = jax.jit(lambda k: SPEC.loss(PARAMS, X, settings=LossSettings(k=k))[0])
-    assert float(run(jnp.int32(1))) != float(run(jnp.int32(3)))
+    assert float(run(jnp.int32(1))) != float(run(jnp.int32(2)))
     assert run._cache_size() == 1
 
 

@@ -108,3 +108,10 @@ def test_nothing_of_all_pairs_by_the_width_arises(case):
 def test_an_unknown_implementation(case):
     with pytest.raises(UserError, match="'triton' is not known"):
         decode_flat(case["values"], case["rows"], case["latents"], case["weight"], B, "triton")
+
+
+def test_defaults_follow_the_ratio():
+    assert flat.default_implementation(2048, 64 * 128, 64, "cpu") == "gather"
+    assert flat.default_implementation(2048, 64 * 512, 64, "cpu") == "dense"
+    assert flat.default_implementation(16384, 64 * 80, 64, "gpu") == "dense"
+    assert flat.default_implementation(131072, 64 * 64, 64, "gpu") == "gather"

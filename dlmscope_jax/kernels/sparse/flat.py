@@ -1,21 +1,21 @@
 """Products of flat-sparse codes (BatchTopK, Matryoshka): M pairs (row, latent) of a batch, in any order.
 
 ``combine`` and ``dots`` exist twice, as for row-sparse codes: ``gather`` takes a chunk of pairs at a time, so that the temporary is
-[chunk, D] and never [M, D], and adds it to the result by a scatter; ``dense`` writes the code out and multiplies matrices, which is
-faster below some N / k (the same ratio decides, ``default_implementation``). On CPU both add in a fixed order.
+[chunk, D] and never [M, D], and adds it to the result by a scatter; ``dense`` writes the code out and multiplies matrices. On CPU both
+add in a fixed order.
 
 Record (medians of CPU time on a busy machine, float32, jax 0.10.2, 2-core CPU, B = N = 2048, D = 192, M = k B pairs in row order; ``outer``
 is ``combine`` with rows and latents exchanged, the gradient of the matrix):
 
-| primitive | k = 32: gather / dense | k = 128        | k = 256       |
-|-----------|------------------------|----------------|---------------|
-| combine   | 3-6 / 18 ms            | 13 / 18 ms     | 24 / 20 ms    |
-| outer     | 3-4 / 17 ms            | 11 / 20 ms     | 25 / 24 ms    |
-| dots      | 7 / 18 ms              | 28 / 18 ms     | 49 / 20 ms    |
+| primitive | k = 32: gather / dense | k = 128    | k = 256    |
+|-----------|------------------------|------------|------------|
+| combine   | 3 / 18 ms              | 12 / 18 ms | 24 / 19 ms |
+| outer     | 3 / 19 ms              | 11 / 21 ms | 18 / 24 ms |
+| dots      | 3 / 19 ms              | 12 / 19 ms | 22 / 19 ms |
 
-The sums cross near N / k = 16, the ratio of row-sparse codes on CPU. Chunks of 1024, 2048 and 4096 pairs differ by less than the
-noise, 256 and 16384 take three times as long; pairs in random order cost 0 to 35 % more; a segment sum of all pairs at once takes
-25-32 ms. Nothing has been measured on accelerators, where a scatter adds in no fixed order.
+The sums cross near N / k = 8: ``gather`` on CPU from there. Chunks of 1024, 2048 and 4096 pairs differ by less than the noise, 256 and
+16384 take three times as long; pairs in random order cost 0 to 35 % more; a segment sum of all pairs at once takes 32 ms in place of
+3. Nothing has been measured on accelerators, where a scatter adds in no fixed order; the ratio of row-sparse codes is taken.
 """
 
 from functools import partial
@@ -25,11 +25,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dlmscope_jax.errors import UserError
-
-from . import default_implementation
+from dlmscope_jax.kernels import sparse
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 _CHUNK = 2048
+_GATHER_FROM_RATIO_CPU = 8
 
 
 def _chunks(*arrays: Array) -> tuple[int, list[Array]]:
@@ -55,7 +55,12 @@ def _combine_dense(values: Array, rows: Array, latents: Array, weight: Array, n_
 
 def _dots_gather(left: Array, rows: Array, latents: Array, weight: Array) -> Array:
     _, (r, i) = _chunks(rows, latents)
-    return jax.lax.map(lambda pair: (left[pair[0]] * weight[pair[1]]).sum(axis=1), (r, i)).reshape(-1)[: rows.shape[0]]
+    ones = jnp.ones(weight.shape[1], weight.dtype)  # on CPU a product with ones sums rows twice as fast as a sum does
+
+    def chunk(pair):
+        return jnp.matmul(left[pair[0]] * weight[pair[1]], ones, precision=_HIGHEST)
+
+    return jax.lax.map(chunk, (r, i)).reshape(-1)[: rows.shape[0]]
 
 
 def _dots_dense(left: Array, rows: Array, latents: Array, weight: Array) -> Array:
@@ -75,8 +80,15 @@ def dots(left: Array, rows: Array, latents: Array, weight: Array, implementation
     return IMPLEMENTATIONS[implementation][1](left, rows, latents, weight)
 
 
+def default_implementation(width: int, pairs: int, n_rows: int, platform: str) -> str:
+    """The implementation taken when none is named, for ``pairs`` entries of a code [n_rows, width] on ``platform``."""
+    if platform == "cpu":
+        return "gather" if width * n_rows >= pairs * _GATHER_FROM_RATIO_CPU else "dense"
+    return sparse.default_implementation(width, -(-pairs // n_rows), platform)
+
+
 def _named(implementation: str | None, width: int, pairs: int, n_rows: int) -> str:
-    name = implementation or default_implementation(width, -(-pairs // n_rows), jax.default_backend())
+    name = implementation or default_implementation(width, pairs, n_rows, jax.default_backend())
     if name not in IMPLEMENTATIONS:
         raise UserError(f"flat sparse product: implementation {name!r} is not known: one of {', '.join(IMPLEMENTATIONS)}")
     return name
