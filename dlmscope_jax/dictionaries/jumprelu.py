@@ -38,11 +38,11 @@ def step(z: Float[Array, "B N"], theta: Float[Array, " N"], window: float) -> Fl
 
 
 def _step_forward(z, theta, window):
-    return step(z, theta, window), _inside(z, theta, window)
+    return step(z, theta, window), (z, theta)
 
 
-def _step_backward(window, inside, cotangent):
-    return jnp.zeros_like(cotangent), -(cotangent * inside).sum(axis=0) / window
+def _step_backward(window, saved, cotangent):
+    return jnp.zeros_like(cotangent), -(cotangent * _inside(*saved, window)).sum(axis=0) / window
 
 
 step.defvjp(_step_forward, _step_backward)
