@@ -42,7 +42,8 @@ def _step_forward(z, theta, window):
 
 
 def _step_backward(window, saved, cotangent):
-    return jnp.zeros_like(cotangent), -(cotangent * _inside(*saved, window)).sum(axis=0) / window
+    z, theta = saved
+    return jnp.zeros_like(cotangent), -(cotangent * _inside(z, theta, window)).sum(axis=0) / window
 
 
 step.defvjp(_step_forward, _step_backward)
