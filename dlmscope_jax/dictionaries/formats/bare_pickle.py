@@ -14,7 +14,7 @@ from typing import Any
 from dlmscope_jax.errors import UserError
 
 from .pickle_check import check_opcodes
-from .torch_pickle import Storage, TorchFile, Unpickler
+from .torch_pickle import Storage, TorchFile, Unpickler, one_line
 
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
 _BYTES = frozenset({"BINBYTES", "SHORT_BINBYTES", "BINBYTES8"})
@@ -41,7 +41,7 @@ class PickleFile(TorchFile):
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from None
         except Exception as error:  # as in TorchFile: it is refused, whatever went wrong
-            raise UserError(f"{self.path}: not a pickle that holds tensors: {type(error).__name__}: {error}") from None
+            raise UserError(f"{self.path}: not a pickle that holds tensors: {type(error).__name__}: {one_line(error)}") from None
 
     def _storage_bytes(self, storage: Storage) -> int:
         if not isinstance(storage.key, bytes):
@@ -98,7 +98,7 @@ def _unfolded(path: Path) -> bytes:
         with gzip.open(path) as file:
             data = file.read(limit + 1)
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: damaged or cut short: {error}") from None
+        raise UserError(f"{path}: damaged or cut short: {one_line(error)}") from None
     if len(data) > limit:
         raise UserError(f"{path}: unfolds to more than {MAX_GROWTH} times its {size} bytes, which weights never do")
     return data

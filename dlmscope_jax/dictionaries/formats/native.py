@@ -104,7 +104,9 @@ def check_shapes(where: str, spec: Any, found: dict[str, tuple[int, ...]]) -> No
     """One error that lists every tensor that is missing, unexpected or of another shape than ``spec`` says."""
     expected = spec.shapes()
     wrong = [f"{name} is missing" for name in expected if name not in found]
-    wrong += [f"{name} is unexpected" for name in found if name not in expected]
+    # a stranger's file may call its tensors anything, and hold any number of them
+    extra = [f"{' '.join(name.split()):.80} is unexpected" for name in found if name not in expected]
+    wrong += extra[:8] + ([f"and {len(extra) - 8} more are"] if len(extra) > 8 else [])
     wrong += [
         f"{name} is {list(found[name])}, should be {list(shape)}"
         for name, shape in expected.items()

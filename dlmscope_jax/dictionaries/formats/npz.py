@@ -14,6 +14,7 @@ from dlmscope_jax.errors import UserError
 
 from .bare_pickle import MAX_GROWTH, SLACK
 from .tensors import Tensors
+from .torch_pickle import one_line
 
 _HEADER = 64 * 1024  # far longer than the header of any array
 
@@ -43,7 +44,7 @@ def open_npz(path: Path) -> Iterator[Tensors]:
 
             yield Tensors(path, {name: shape for name, (shape, _, _, _) in described.items()}, get)
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError) as error:
-        raise UserError(f"{path}: damaged, cut short or not an .npz file: {error}") from None
+        raise UserError(f"{path}: damaged, cut short or not an .npz file: {one_line(error)}") from None
 
 
 def _describe(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[tuple[int, ...], bool, np.dtype, int]:
@@ -65,7 +66,7 @@ def _describe(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tu
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(head)
     except (ValueError, EOFError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise wrong(f"is not an array of NumPy: {str(error)[:120]}") from None
+        raise wrong(f"is not an array of NumPy: {one_line(error)}") from None
     if dtype.kind not in "fiub":
         raise wrong(f"holds {'Python objects' if dtype.hasobject else dtype}, should hold floating-point numbers")
     if not all(type(n) is int and n >= 0 for n in shape):

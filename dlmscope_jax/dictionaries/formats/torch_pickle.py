@@ -114,7 +114,7 @@ class Unpickler(pickle.Unpickler):
             return type(name, (Inert,), {})
         if function := _CALLABLE.get((module, name)):
             return lambda *arguments: function(*arguments)
-        raise UserError(f"asks for {module}.{name}, which a file of tensors does not need; it was not run")
+        raise UserError(f"asks for {module:.80}.{name:.80}, which a file of tensors does not need; it was not run")
 
     def persistent_load(self, pid: Any) -> Storage:
         match pid:
@@ -156,8 +156,8 @@ class TorchFile:
             self.contents = self._unpickle(self._bytes(pickles[0].filename, _MAX_PICKLE_BYTES))
         except BaseException as error:
             self.close()
-            if isinstance(error, zipfile.BadZipFile | OSError | EOFError | ValueError) and not isinstance(error, UserError):
-                raise UserError(f"{self.path}: damaged or cut short: {error}") from None
+            if isinstance(error, zipfile.BadZipFile | OSError | EOFError | ValueError | RuntimeError) and not isinstance(error, UserError):
+                raise UserError(f"{self.path}: damaged or cut short: {one_line(error)}") from None
             raise
 
     def __enter__(self) -> "TorchFile":
@@ -213,8 +213,8 @@ class TorchFile:
             raise wrong(f"shape {list(shape)} with strides {list(stride)} reaches past the {size} entries of its storage")
         try:
             flat = np.frombuffer(self._storage(tensor.storage), dtype)
-        except (zipfile.BadZipFile, OSError, EOFError) as error:
-            raise wrong(f"damaged: {error}") from None
+        except (zipfile.BadZipFile, OSError, EOFError, RuntimeError) as error:  # RuntimeError: encrypted
+            raise wrong(f"damaged: {one_line(error)}") from None
         strides = tuple(s * dtype.itemsize for s in stride)
         return np.lib.stride_tricks.as_strided(flat[offset:], shape, strides, writeable=False).copy()
 
@@ -242,7 +242,12 @@ class TorchFile:
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from None
         except Exception as error:  # a hostile pickle can fail in any way; all that matters is that it is refused
-            raise UserError(f"{self.path}: not a pickle that torch writes: {type(error).__name__}: {error}") from None
+            raise UserError(f"{self.path}: not a pickle that torch writes: {type(error).__name__}: {one_line(error)}") from None
+
+
+def one_line(error: BaseException) -> str:
+    """The beginning of what an error says; a damaged file may have put anything into it."""
+    return " ".join(str(error).split())[:200]
 
 
 def _naturals(values: Any) -> bool:
