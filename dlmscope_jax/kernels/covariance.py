@@ -9,6 +9,10 @@ factors do no harm to), so that covariances which are zero have sign zero.
 
 The latents lie on a ring of an odd number m of blocks; block i is met with itself and with the (m - 1) / 2 blocks that follow
 it, one slice of the ring: that is every pair of blocks once.
+
+Record (``scripts/bench_covariance.py``, value and gradient, n = 512, jax 0.10.2, a busy 2-core CPU; processor time, in strips / dense
+formula under autodiff): N = 4,096 0.33 / 0.85 s, 29 / 264 MiB of temporaries; N = 8,192 1.33 / 3.35 s, 57 / 1,040 MiB. Strips of 256 to
+1,024 take the same time within a tenth. Not measured on accelerators.
 """
 
 from functools import partial
