@@ -453,6 +453,13 @@ def test_a_file_of_weights_may_be_named(tmp_path, format):
     same(load_dictionary(tmp_path, f"a/{weights.name}")[1], PARAMS)
 
 
+def test_another_file_in_the_folder_is_not_taken_for_it(tmp_path):
+    save_dictionary(tmp_path, SPEC, PARAMS, META)
+    torch_pickle.save(tmp_path / "notes.pt", {"a": np.zeros(3, np.float32)})
+    with pytest.raises(UserError, match="notes.pt"):
+        load_dictionary(tmp_path / "notes.pt")
+
+
 def test_a_local_folder_never_touches_the_hub(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     released(tmp_path)

@@ -33,8 +33,8 @@ _KEYS = {"format", "version", "kind", "dictionary", "meta", "sha256"}
 
 
 def recognises(folder: Path, files: frozenset[str], config: Any) -> bool:
-    """Whether ``config`` (the parsed ``config.json`` of ``folder``) is of this format."""
-    return isinstance(config, dict) and config.get("format") == FORMAT
+    """Whether ``config`` (the parsed ``config.json`` of ``folder``) is of this format, and no other file beside it was named."""
+    return isinstance(config, dict) and config.get("format") == FORMAT and not files.isdisjoint(FILES)
 
 
 def save(folder: Path, spec: Any, params: dict, meta: DictionaryMeta) -> None:
