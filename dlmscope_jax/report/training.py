@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 
+from .architectures import settings
 from .charts import Axis, Point, Series, legend, line_plot, side_by_side
-from .markup import join
+from .markup import Html, el, join
 from .page import Section, lead, missing
 from .run import Dictionary, Run
 from .tables import fixed, number, percent, percent_tick, tick
 
+_TOLD_APART = 6  # dictionaries of a model that line patterns tell apart
 _SHOWN = 60  # points a line: more cannot be told apart, and all of them stand in the table
 # what is plotted: title, the names that it may have in the metrics file, its axis, how its numbers and its ticks are written
 _CURVES = (
@@ -23,6 +25,10 @@ def training(run: Run) -> Section:
     trained = [d for d in run.dictionaries if d.curve]
     if not trained:
         return Section("training", "Training", missing("No training curves: no dictionary in this folder has a metrics.jsonl."))
+    looks = {d.name: s.look for s in settings(trained) for d in s.members}
+    if max(len(run.of(m.name)) for m in run.models) > _TOLD_APART:
+        body = [_of_model(m.name, [d for d in trained if d.model == m.name], looks) for m in run.models]
+        return Section("training", "Training", join([lead("Colour is the architecture; the line of a transcoder is broken."), *body]))
     plots = []
     for title, names, label, scale, form, ticks in _CURVES:
         series = [_series(run, d, names) for d in trained]
@@ -44,14 +50,29 @@ def training(run: Run) -> Section:
     )
 
 
+def _of_model(name: str, trained: list[Dictionary], looks: dict[str, tuple[int, int, int]]) -> Html:
+    """The curves of many dictionaries of one model, by architecture."""
+    plots, keys = [], {}
+    for s in settings(trained):
+        keys.setdefault(s.name, Series(s.name, (), *s.look))
+    for title, names, label, scale, form, ticks in _CURVES:
+        series = [Series(d.label, _points(d, names), *looks[d.name]) for d in trained]
+        series = [s for s in series if any(p.y is not None for p in s.points)]
+        if series:
+            y = Axis(label, scale if _positive(series) else "linear", low=None if scale == "log" else 0.0, form=form, tick=ticks)
+            plots.append(line_plot(title, series, Axis("optimiser step", whole=True, form=lambda v: number(round(v))), y, keys=False))
+    return join([el("h3", name), legend(list(keys.values())), side_by_side(plots, large=True)]) if plots else join([])
+
+
+def _points(d: Dictionary, names: Sequence[str]) -> tuple[Point, ...]:
+    shown = thin(d.curve, _SHOWN)
+    return tuple(Point(e["step"], next((e[name] for name in names if isinstance(e.get(name), int | float)), None)) for e in shown)
+
+
 def _series(run: Run, d: Dictionary, names: Sequence[str]) -> Series:
     place = [other.name for other in run.of(d.model)].index(d.name)
-    points = []
-    for entry in thin(d.curve, _SHOWN):
-        value = next((entry[name] for name in names if isinstance(entry.get(name), int | float)), None)
-        points.append(Point(entry["step"], value))
     column = run.column(d.model)
-    return Series(f"{d.model} {d.label}", tuple(points), colour=column, mark=column, dash=place)
+    return Series(f"{d.model} {d.label}", _points(d, names), colour=column, mark=column, dash=place)
 
 
 def thin(entries: Sequence, most: int) -> list:
