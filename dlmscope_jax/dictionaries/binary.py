@@ -5,6 +5,7 @@ a = W_enc x + b_enc,   B = 1[a > 0],   y = W_dec B + b_dec        (Cho et al. 20
 An always-on bit has no entropy, as an always-off one has none: what counts as an event is a bit's rarer value.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -143,7 +144,7 @@ class Binary(Dictionary):
         terms |= {"entropy": settings.entropy * measured["entropy"], "covariance": settings.covariance * measured["covariance"]}
         parts = self._parts(residual, target, Dense(support), terms, measured)
         rarer = jnp.minimum(parts.fired, len(x) - parts.fired)
-        return total(terms), parts.replace(fired=rarer, l0=rarer.sum().astype(jnp.float32) / len(x))
+        return total(terms), dataclasses.replace(parts, fired=rarer, l0=rarer.sum().astype(jnp.float32) / len(x))
 
     def fold(self, params: dict, scale: float | Array, out_scale: float | Array | None = None) -> dict:
         """See ``Dictionary.fold``; bits have no scale, so the encoder takes the input's and the decoder the output's."""
