@@ -120,7 +120,7 @@ def test_each_class(tmp_path, name, threshold):
     same_function(loaded, acts, y)
     assert (meta.model, meta.site, meta.layer, meta.seed, meta.steps) == ("EleutherAI/pythia-70m-deduped", "resid_post@4", 4, 7, 500)
     unset = threshold < 0 and name != "AutoEncoderTopK"
-    assert meta.extra.get("threshold", threshold) == pytest.approx(threshold) and ("note" in meta.extra) == (unset and name in SELECTING)
+    assert meta.extra.get("threshold", threshold) == pytest.approx(threshold) and ("reading" in meta.extra) == (unset and name in SELECTING)
     save_dictionary(tmp_path / "ours", *loaded, format="dictionary_learning")
     again = load_dictionary(tmp_path / "ours")
     same_function(again, acts, y)

@@ -387,6 +387,7 @@ def test_a_file_on_the_hub_comes_with_its_configuration_alone(tmp_path, monkeypa
     save_dictionary(source / "a" / "b", SPEC, PARAMS, META, format="dictionary_learning")
     (source / "a" / "b" / "checkpoints").mkdir()
     torch_pickle.save(source / "a" / "b" / "checkpoints" / "ae_10.pt", state_dict())
+    (source / "a" / "b" / "checkpoints" / "sae.safetensors").write_text("of another dictionary, and large")
     same(load_dictionary("somebody/saes", "a/b/checkpoints/ae_10.pt")[1], PARAMS)
     assert {str(p.relative_to(cache)) for p in cache.rglob("*") if p.is_file()} == {"a/b/checkpoints/ae_10.pt", "a/b/config.json"}
     with pytest.raises(UserError, match="no such folder"):
@@ -402,6 +403,14 @@ def test_what_lies_above_a_hookpoint_comes_with_it(tmp_path, monkeypatch):
     meta = load_dictionary("somebody/saes", "layers.3")[2]
     assert (meta.model, meta.site) == ("EleutherAI/pythia-70m", "resid_post@3")
     assert not any(pattern.startswith("..") or pattern.startswith("/") for pattern in asked)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_a_format_has_no_field_for_comes_back(tmp_path, format):
+    save_dictionary(tmp_path, SPEC, PARAMS, META, format=format)
+    meta = load_dictionary(tmp_path)[2]
+    assert meta.extra["note"] == META.extra["note"]
+    assert (meta.corruption, meta.select, meta.tokenizer, meta.input_scale) == ("rate U[0.05, 1.0]", "masked", "0" * 64, 12.5)
 
 
 @pytest.mark.parametrize("format", FORMATS)

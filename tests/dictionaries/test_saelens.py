@@ -168,7 +168,7 @@ def test_training_checkpoint_of_batch_topk(tmp_path, kind, scale, rescaled):
     same_function(loaded, acts / unit, y / (scale or 1))
     assert spec.k == 3 and type(spec) is (Matryoshka if "matryoshka" in kind else BatchTopK)
     assert not isinstance(spec, Matryoshka) or spec.prefixes == (5, 9, N)
-    assert meta.input_scale == (None if scale is None else pytest.approx(1 / scale)) and "note" not in meta.extra
+    assert meta.input_scale == (None if scale is None else pytest.approx(1 / scale)) and "reading" not in meta.extra
     save_dictionary(tmp_path / "export", *loaded, format="saelens")
     exported = json.loads((tmp_path / "export" / "cfg.json").read_text())
     assert exported["architecture"] == "jumprelu" and exported["metadata"]["training_architecture"] == kind
@@ -182,7 +182,7 @@ def test_checkpoint_with_an_input_scale(tmp_path):
     acts, y = forward(cfg, found, X)
     _, _, meta = loaded = load_dictionary(at)  # no scale beside it: an exported file, folded already
     same_function(loaded, acts, y)
-    assert "taken as folded" in meta.extra["note"]
+    assert "taken as folded" in meta.extra["reading"]
     (at / "activation_scaler.json").write_text('{"scaling_factor": 3.0}')
     acts, y = forward(cfg, found, X * 3)
     same_function(load_dictionary(at), acts, y / 3)
@@ -225,7 +225,7 @@ def test_configurations_before_version_6(tmp_path, old, architecture):
     loaded = load_dictionary(write(tmp_path, OLD | old, found))
     same_function(loaded, *forward(new, found, X))
     assert (loaded[2].model, loaded[2].site) == ("gelu-2l", "mlp_out@1")
-    assert ("note" in loaded[2].extra) == (norm is True)  # scaled in training, and folded as far as anybody can tell
+    assert ("reading" in loaded[2].extra) == (norm is True)  # scaled in training, and folded as far as anybody can tell
 
 
 @pytest.mark.parametrize("name", ["finetuning_scaling_factor", "scaling_factor"])

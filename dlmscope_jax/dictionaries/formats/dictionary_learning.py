@@ -148,7 +148,7 @@ def save(folder: Path, spec: Any, params: dict, meta: DictionaryMeta) -> None:
         "submodule_name": meta.site.replace("@", "_layer_"),
     }
     config = {"trainer": trainer, "buffer": _mapping(meta.extra.get("buffer"))}
-    config[cards.KEY] = cards.to_write(meta, ("trainer", "buffer", "threshold", "note"))
+    config[cards.KEY] = cards.to_write(meta, ("trainer", "buffer", "threshold", "reading"))
     write_whole(folder / WEIGHTS, lambda path: torch_pickle.save(path, state))
     write_whole(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))
 
@@ -257,7 +257,7 @@ def _meta(folder: Path, config: dict, spec: Any, threshold: float | None, factor
         # in the units of the activations, so folding scales it too; -1 means "never set"
         extra["threshold"] = threshold * (factor if factor and threshold >= 0 else 1.0)
         if threshold < 0 and isinstance(spec, BatchTopK):
-            extra["note"] = "no threshold was ever measured: every positive activation passes, as in the library"
+            extra["reading"] = "no threshold was ever measured: every positive activation passes, as in the library"
     steps = integer(step)
     return cards.of(
         folder / CONFIG,

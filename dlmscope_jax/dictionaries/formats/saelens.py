@@ -242,7 +242,7 @@ def _meta(where: Path, config: dict, flat: dict, scale: float | None) -> Diction
     if isinstance(written, str):
         extra["target"] = hooks.from_hook(written)[0]
     if flat["normalize_activations"] == "expected_average_only_in" and scale is None:
-        extra["note"] = f"expected_average_only_in without {SCALER}: taken as folded already, as SAELens does"
+        extra["reading"] = f"expected_average_only_in without {SCALER}: taken as folded already, as SAELens does"
     known = {"input_scale": None if scale is None else 1.0 / scale}
     return cards.of(where, flat.get(cards.KEY), extra, flat.get("model_name"), site, layer, **known)
 
@@ -294,5 +294,5 @@ def _metadata(spec: Any, meta: DictionaryMeta) -> dict[str, Any]:
         "model_name": meta.model,
         "hook_name": hooks.to_hook(meta.site),
         **out,
-        cards.KEY: cards.to_write(meta, ("config", "target", "note")),
+        cards.KEY: cards.to_write(meta, ("config", "target", "reading")),
     }
