@@ -46,7 +46,8 @@ class TrainSpec:
       k_start: active latents at the first step (TopK, BatchTopK, Matryoshka); None: k throughout.
       k_anneal_steps: steps over which they fall linearly to k; None: a tenth of the run.
       dead_rows: rows without firing after which a latent counts as dead; None: min(10 M, 5 % of the run's rows).
-      resample_every: steps between two resamplings of dead latents; None: never.
+      resample_every: steps between two resamplings of dead latents; None: never. Meant for ReLU, JumpReLU and Gated: latents that
+        begin again weakly are seldom among the k largest, so those with a k are better served by AuxK.
       ema: decay of the average of the weights, which is what is saved; None: the weights themselves are.
       normalize: ``"rms"``: rows are divided by one number so that their mean squared norm is 1, targets by one of their own;
         ``"none"``: they are not, and penalties and bandwidths are in units of the raw rows. A dictionary that normalises each
