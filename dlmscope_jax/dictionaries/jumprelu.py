@@ -124,6 +124,11 @@ class JumpReLU(Dictionary):
         in_entries = (2.0 if self.penalty == "tanh" else 0.05) if self.bandwidth is None else self.bandwidth * self.d_in**0.5
         return in_entries * rows.typical_entry(self.d_in, self.row_norm)
 
+    @property
+    def first_threshold(self) -> float:
+        """Where a threshold starts; see ``init``."""
+        return self.window / (20.0 if self.penalty == "tanh" else 1.0)
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every parameter."""
         return super().shapes() | {"threshold": (self.width,)}
@@ -137,7 +142,7 @@ class JumpReLU(Dictionary):
         the first step both losses speak to theta with the same voice. Nearly half of the latents are active then, none is dead.
         """
         params = super().init(key, sample, inputs)
-        return params | {"threshold": jnp.full(self.width, self.window / (20.0 if self.penalty == "tanh" else 1.0), jnp.float32)}
+        return params | {"threshold": jnp.full(self.width, self.first_threshold, jnp.float32)}
 
     def _activation_units(self) -> tuple[str, ...]:
         return ("b_enc", "threshold")

@@ -2,7 +2,7 @@
 
 Each dead latent draws a row with probability proportional to the square of the row's loss. Its decoder row becomes the unit
 vector of what the dictionary adds to its biases there, its encoder row points to the centred input with 0.2 of the mean
-norm of the live ones, its biases are 0, and the optimiser forgets it.
+norm of the live ones, its biases are 0, its threshold is what it was at first, and the optimiser forgets it.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from dlmscope_jax.dictionaries import Dictionary, unit_rows
+from dlmscope_jax.dictionaries import Dictionary, JumpReLU, unit_rows
 
 _ENCODER_SHARE = 0.2
 _BIASES = ("b_enc", "b_gate", "b_mag", "r_mag")
@@ -42,6 +42,8 @@ def resample(
         "W_dec": unit_rows(outputs[drawn]),
         **{name: jnp.zeros_like(params[name]) for name in _BIASES if name in params},
     }
+    if isinstance(dictionary, JumpReLU):
+        fresh["threshold"] = jnp.full_like(params["threshold"], dictionary.first_threshold)
     fresh = {name: jnp.where(_rows(dead, value), value, params[name]) for name, value in fresh.items()}
 
     def forget(path: Any, leaf: Array) -> Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlmscope_jax.dictionaries import LossSettings, ReLU, TopK
+from dlmscope_jax.dictionaries import JumpReLU, LossSettings, ReLU, TopK
 from dlmscope_jax.training import init_state, make_step, resampling
 
 from .conftest import small_spec, sparse_rows
@@ -46,6 +46,16 @@ def test_a_latent_that_begins_again():
     np.testing.assert_array_equal(params["b_dec"], state.params["b_dec"])
     np.testing.assert_array_equal(opt_state.mu["b_dec"], state.opt_state.mu["b_dec"])
     assert int(opt_state.count) == int(state.opt_state.count)
+
+
+def test_a_threshold_that_learned_to_shut_a_latent_begins_again():
+    dictionary = JumpReLU(16, 64)
+    params = dictionary.init(jax.random.key(0)) | {"threshold": jnp.full(64, 9.0)}
+    moments = {"mu": jax.tree.map(jnp.ones_like, params)}
+    dead = np.arange(64) % 3 == 0
+    params, moments = resample(dictionary, jax.random.key(0), params, moments, ROWS[:256] / 10.0, None, jnp.asarray(dead))
+    np.testing.assert_array_equal(params["threshold"], np.where(dead, np.float32(dictionary.first_threshold), np.float32(9.0)))
+    np.testing.assert_array_equal(moments["mu"]["threshold"], ~dead)
 
 
 def test_bad_rows_are_drawn_more_often_as_the_square_of_their_loss():
