@@ -4,6 +4,7 @@ from .base import Dictionary
 from .batch_topk import BatchTopK
 from .binary import Binary
 from .codes import Bits, Codes, Dense, FlatSparse, RowSparse
+from .cross_layer import CrossLayer
 from .gated import Gated
 from .jumprelu import JumpReLU
 from .load import load_dictionary, save_dictionary
@@ -20,6 +21,7 @@ __all__ = [
     "Binary",
     "Bits",
     "Codes",
+    "CrossLayer",
     "Dense",
     "Dictionary",
     "DictionaryMeta",

@@ -17,6 +17,7 @@ from dlmscope_jax.errors import UserError
 
 from ..batch_topk import BatchTopK
 from ..binary import Binary
+from ..cross_layer import CrossLayer
 from ..files import sha256, write_whole
 from ..gated import Gated
 from ..jumprelu import JumpReLU
@@ -28,7 +29,7 @@ from ..topk import TopK
 FORMAT, VERSION = "dlmscope", 1
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"
 FILES = (CONFIG, WEIGHTS)
-KINDS = {kind.KIND: kind for kind in (TopK, BatchTopK, Matryoshka, JumpReLU, ReLU, Gated, Binary)}
+KINDS = {kind.KIND: kind for kind in (TopK, BatchTopK, Matryoshka, JumpReLU, ReLU, Gated, Binary, CrossLayer)}
 _KEYS = {"format", "version", "kind", "dictionary", "meta", "sha256"}
 
 
