@@ -175,6 +175,32 @@ def test_lists_that_hold_each_other_are_never_written_out(tmp_path):
     refused(put(tmp_path / "d.pt", b"\x80\x02" + call(b"torch\ndevice", bomb) + b"."), "device")
 
 
+def test_results_that_are_handed_in_again(tmp_path):
+    """A few bytes a step that double a text, or copy a long one once more: nothing may grow without the file."""
+    megabyte = b"X" + struct.pack("<I", 2**20) + b"a" * 2**20
+    text = b"X\x10\x00\x00\x00" + b"a" * 16
+    doubled = text + b"q\x000ctorch\ndevice\nq\x010" + 40 * b"h\x01(h\x00h\x00tRq\x000" + b"N"
+    device = megabyte + b"q\x000ctorch\ndevice\nq\x010](" + 100 * b"h\x01h\x00\x85R" + b"e"
+    size = megabyte + b"q\x000ctorch\nSize\nq\x010](" + 100 * b"h\x01h\x00\x85R" + b"e"
+    rows = b"](" + 2**18 * b"K\x01" + b"eq\x000ctorch\nSize\nq\x010](" + 100 * b"h\x01h\x00\x85R" + b"e"
+    tracemalloc.start()
+    for evil, says in ((doubled, "a device"), (device, "a device"), (size, "a size"), (rows, "a size")):
+        for name in (PAPER, "x.pkl"):
+            refused(put(tmp_path / name, b"\x80\x02" + evil + b"."), says)
+    assert tracemalloc.get_traced_memory()[1] < 2**28
+    tracemalloc.stop()
+
+
+def test_a_storage_that_is_asked_for_many_times(tmp_path):
+    storage = pickles.old_storage(bytes(2**22), 2**20)
+    again = b"B" + struct.pack("<I", len(storage)) + storage + b"q\x000ctorch.storage\n_load_from_bytes\nq\x010"
+    path = put(tmp_path / "x.pkl", b"\x80\x02" + again + b"](" + 200 * b"h\x01h\x00\x85R" + b"e.")
+    tracemalloc.start()
+    refused(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**26
+    tracemalloc.stop()
+
+
 def test_keys_whose_hash_takes_for_ever(tmp_path):
     """Sixty tuples, each of which holds the one before it twice, have a hash that asks 2^60 of them."""
     tuples = b")q\x00" + b"".join(b"0h%ch%c\x86q%c" % (i, i, i + 1) for i in range(60))

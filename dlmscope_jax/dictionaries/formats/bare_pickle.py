@@ -20,6 +20,7 @@ _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
 _BYTES = frozenset({"BINBYTES", "SHORT_BINBYTES", "BINBYTES8"})
 # weights hardly shrink; a file that unfolds further than this is a trap
 MAX_GROWTH, SLACK = 8, 16 * 2**20
+_HEAD = 4096  # longer than each of the five pickles before a storage's numbers
 
 
 class PickleFile(TorchFile):
@@ -44,11 +45,11 @@ class PickleFile(TorchFile):
             raise UserError(f"{self.path}: not a pickle that holds tensors: {type(error).__name__}: {one_line(error)}") from None
 
     def _storage_bytes(self, storage: Storage) -> int:
-        if not isinstance(storage.key, bytes):
+        if not isinstance(storage.key, memoryview):
             raise KeyError(storage.key)
         return len(storage.key)
 
-    def _storage(self, storage: Storage) -> bytes:
+    def _storage(self, storage: Storage) -> memoryview:
         return storage.key
 
 
@@ -74,17 +75,19 @@ def _storage(data: Any) -> Storage:
     """A storage from the bytes that torch pickles it as; its ``key`` is its numbers."""
     if not isinstance(data, bytes):
         raise UserError("holds a storage that is not bytes")
-    parts = []
+    parts, start = [], 0
     for _ in range(5):
-        end = check_opcodes(data)
-        parts.append(_StorageUnpickler(io.BytesIO(data[:end])).load())
-        data = data[end:]
+        head = data[start : start + _HEAD]
+        end = check_opcodes(head)
+        parts.append(_StorageUnpickler(io.BytesIO(head[:end])).load())
+        start += end
     magic, version, machine, storage, keys = parts
+    rest = memoryview(data)[start:]  # no copy: a pickle may ask for one storage any number of times
     if magic != _MAGIC or version != _VERSION or not isinstance(machine, dict) or machine.get("little_endian") is not True:
         raise UserError("holds a storage that torch did not write, or a big-endian machine did")
-    if not isinstance(storage, Storage) or keys != [storage.key] or data[:8] != storage.size.to_bytes(8, "little", signed=True):
+    if not isinstance(storage, Storage) or keys != [storage.key] or rest[:8] != storage.size.to_bytes(8, "little", signed=True):
         raise UserError("holds a storage that contradicts itself")
-    return Storage(storage.kind, data[8:], storage.size)
+    return Storage(storage.kind, rest[8:], storage.size)
 
 
 def _unfolded(path: Path) -> bytes:

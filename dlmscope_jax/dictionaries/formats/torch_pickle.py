@@ -32,6 +32,7 @@ from dlmscope_jax.errors import UserError
 from .pickle_check import check_opcodes
 
 _MAX_PICKLE_BYTES = 64 * 2**20
+_MAX_AXES = 8
 _STORAGES = {
     "DoubleStorage": np.dtype(np.float64),
     "FloatStorage": np.dtype(np.float32),
@@ -79,14 +80,16 @@ def _rebuild_parameter(data, *rest):
     return data
 
 
+# What is built here can be handed in again: a result that may be longer than its arguments would double in every few bytes of a pickle.
 def _device(*arguments):
-    # text of anything else could be far longer than the file: lists may hold each other many times
-    if not all(isinstance(a, str | int) for a in arguments):
+    if len(arguments) > 2 or not all(type(a) is int or (isinstance(a, str) and len(a) < 20) for a in arguments):
         raise UserError("names a device that is none")
     return ":".join(str(a) for a in arguments)
 
 
 def _size(entries=()):
+    if not isinstance(entries, tuple | list) or len(entries) > _MAX_AXES:
+        raise UserError("holds a size that is none")
     return tuple(entries)
 
 
@@ -180,7 +183,7 @@ class TorchFile:
         if not isinstance(tensor, LazyTensor) or not isinstance(tensor.storage, Storage):
             raise UserError(f"{self.path}: {name}: is not a tensor")
         shape, stride, numbers = tensor.shape, tensor.stride, (tensor.offset, tensor.storage.size)
-        if not (_naturals(shape) and _naturals(stride) and _naturals(numbers) and len(shape) == len(stride) <= 8):
+        if not (_naturals(shape) and _naturals(stride) and _naturals(numbers) and len(shape) == len(stride) <= _MAX_AXES):
             raise UserError(f"{self.path}: {name}: impossible shape, strides or offset")
         return tuple(shape)
 
@@ -221,7 +224,7 @@ class TorchFile:
     def _storage_bytes(self, storage: Storage) -> int:
         return self._zip.getinfo(self._storage_entry(storage)).file_size
 
-    def _storage(self, storage: Storage) -> bytes:
+    def _storage(self, storage: Storage) -> bytes | memoryview:
         return self._bytes(self._storage_entry(storage), self._storage_bytes(storage))
 
     def _storage_entry(self, storage: Storage) -> str:
