@@ -13,6 +13,7 @@ import yaml
 from dlmscope_jax import config
 from dlmscope_jax.activations import ActivationStore
 from dlmscope_jax.cli import main
+from dlmscope_jax.data.worlds import World
 from dlmscope_jax.dictionaries import load_dictionary
 from dlmscope_jax.errors import UserError
 from dlmscope_jax.recipes import pipeline
@@ -210,9 +211,15 @@ def test_the_report_compares_the_architectures(several):
 def worlds(tmp_path_factory) -> tuple[Run, Path]:
     run = Run(
         name="worlds", root=str(tmp_path_factory.mktemp("worlds")),
-        synthetic=(Synthetic("easy", dimension=16, features=24, l0=2.0, coherence=0.9), Synthetic("tied", "correlated", 16, 24, 2.0, 0.9)),
+        synthetic=(
+            Synthetic("easy", dimension=16, features=24, l0=2.0, coherence=0.9),
+            Synthetic("bits", "directions", 16, 4, coherence=0.9, signed=True),
+        ),
         harvest=Harvest(train_rows=3000, test_rows=700),
-        dictionaries=(Dictionary(width=48, k=(2, 4)), Dictionary("relu", width=48, sparsity=(0.1,))),
+        dictionaries=(
+            Dictionary(width=48, k=(2, 4)), Dictionary("relu", width=48, sparsity=(0.1,)),
+            Dictionary("binary", width=48, entropy=(1e-3,), covariance=(0.0,)),
+        ),
     )  # fmt: skip
     run = dataclasses.replace(run, train=dataclasses.replace(run.train, steps=20, batch_size=128))
     quickstart(run)
@@ -221,7 +228,7 @@ def worlds(tmp_path_factory) -> tuple[Run, Path]:
 
 def test_a_world_stands_where_a_model_does(worlds):
     run, folder = worlds
-    for world in ("easy", "tied"):
+    for world in ("easy", "bits"):
         train, test = (ActivationStore.open(folder / "harvest" / world / side) for side in ("train", "test"))
         assert (train.rows, test.rows, dict(train.sites)) == (3000, 700, {"rows@0": 16})
         seen, held_out = ({tuple(row) for row in np.asarray(store.read("rows@0", 0, store.rows))} for store in (train, test))
@@ -229,8 +236,17 @@ def test_a_world_stands_where_a_model_does(worlds):
         for name in ("rows@0_k2", "rows@0_k4", "rows@0_relu_s0.1"):
             kinds = {json.loads(p.read_text())["kind"] for p in (folder / "results").glob(f"{world}.{name}.*.json")}
             assert kinds == {"fidelity", "recovery"}
+    binary = "rows@0_binary_e0.001_c0"
+    result = json.loads((folder / "results" / f"bits.{binary}.entropy.json").read_text())
+    assert (result["truth"], result["true_features"]) == (4.0, 4) and 0 <= result["bits"] <= 48 and result["untrained"]["bits"] > 0
+    assert not (folder / "results" / f"easy.{binary}.entropy.json").exists(), "its magnitudes have no entropy in bits"
+    recovered = json.loads((folder / "results" / "easy.rows@0_k2.recovery.json").read_text())
+    spec, params, _ = load_dictionary(folder / "dictionaries" / "easy" / "rows@0_k2")
+    truth = World("independent", 16, 24, 2.0, 0.9).directions(run.seed)
+    cosines = truth @ (np.asarray(params["W_dec"]) / np.linalg.norm(params["W_dec"], axis=1, keepdims=True)).T
+    assert 0 < recovered["mean_cosine"] <= cosines.max(axis=1).mean() + 1e-6
     page = (folder / "report.html").read_text()
-    assert 'id="recovery"' in page and "24 features in 16 dimensions" in page
+    assert 'id="recovery"' in page and "24 features in 16 dimensions" in page and 'id="entropy"' in page
 
 
 def test_a_world_is_harvested_once_and_another_one_is_refused(worlds):
