@@ -22,6 +22,7 @@ from dlmscope_jax.errors import UserError
 from .formats import (
     binary_pt,
     circuit_tracer,
+    circuit_tracer_clt,
     dictionary_learning,
     gemma_scope,
     goodfire,
@@ -43,6 +44,7 @@ FORMATS: dict[str, Any] = {
     "sparsify": sparsify,
     "gemma_scope": gemma_scope,
     "llama_scope": llama_scope,
+    "circuit_tracer_clt": circuit_tracer_clt,
     "circuit_tracer": circuit_tracer,
     "transcoder_paper": transcoder_paper,
     "qwen_scope": qwen_scope,

@@ -15,8 +15,8 @@ class DictionaryMeta:
 
     Attributes:
       model: name of the language model.
-      site: what it reads, ``"resid_post@5"``.
-      layer: the 0-based layer of that site.
+      site: what it reads, ``"resid_post@5"``; of a cross-layer transcoder ``"mlp_in@0+mlp_in@1"``, and its target likewise.
+      layer: the 0-based layer of that site; of several, the first one's.
       model_identity: hash of the model's weights.
       weight_processing: ``"raw"``, or ``"folded"`` where the activations are of a model after ``models.process_weights``.
       corruption: the corruption policy of the training rows, in words.

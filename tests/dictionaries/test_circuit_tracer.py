@@ -253,7 +253,7 @@ def test_hooks(tmp_path):
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"model_kind": "cross_layer_transcoder"}, "model_kind 'cross_layer_transcoder' is not read"),
+        ({"model_kind": "crosscoder"}, "model_kind 'crosscoder' is not read"),
         ({"activation": "gelu"}, "activation 'gelu' is not read"),
         ({"activation": "topk"}, "topk needs one whole number"),
         ({"activation": "topk", "k": True}, "topk needs one whole number"),

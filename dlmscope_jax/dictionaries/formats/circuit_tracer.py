@@ -37,7 +37,7 @@ FILES = (CONFIG,)  # a layer of a set on the hub is named: subfolder="layer_3.sa
 _LAYER = re.compile(r"layer_(\d+)\.safetensors")
 _THRESHOLD = "activation_function.threshold"
 # (site, form of the weights) of the hooks that a set reads; the norm's output without its gain is mlp_in of a folded model
-_READ = {
+READ = {
     "hook_resid_mid": ("resid_mid", "raw"),
     "hook_mlp_in": ("resid_mid", "raw"),  # a copy, before the norm
     "mlp.hook_in": ("mlp_in", "raw"),
@@ -47,20 +47,20 @@ _MAX_CONFIG = 2**18
 
 
 def recognises(folder: Path, files: frozenset[str], config: Any) -> bool:
-    """Whether there is a ``config.yaml`` beside a ``layer_{i}.safetensors``, or a set of cross-layer transcoders."""
+    """Whether there is a ``config.yaml`` beside a ``layer_{i}.safetensors``, or one that names the kind of a set."""
     if CONFIG not in files and not (folder / CONFIG).is_file():
         return False
-    return any(_LAYER.fullmatch(name) for name in files) or (CONFIG in files and "model_kind" in _config(folder))
+    return any(_LAYER.fullmatch(name) for name in files) or (CONFIG in files and "model_kind" in read_config(folder))
 
 
 def load(folder: Path, files: frozenset[str], config: Any) -> tuple[ReLU | JumpReLU | TopK, dict, DictionaryMeta]:
     """Reads one layer: the file that was named, or the only one there is.
 
     Raises:
-      UserError: several layers and none named, weights that lie elsewhere (``hf://``), cross-layer transcoders, an activation that is not
+      UserError: several layers and none named, weights that lie elsewhere (``hf://``), another kind of set, an activation that is not
         read, negative thresholds, tensors missing, unexpected or misshapen.
     """
-    settings = _config(folder)
+    settings = read_config(folder)
     if settings.get("model_kind", "transcoder_set") != "transcoder_set":
         kind = short(settings["model_kind"])
         raise UserError(f"{folder / CONFIG}: model_kind {kind} is not read: transcoder_set, one transcoder a layer, is")
@@ -107,6 +107,8 @@ def save(folder: Path, spec: Any, params: dict, meta: DictionaryMeta) -> None:
     arrays = folding.checked(spec, params, meta, "circuit_tracer")
     check_shapes(str(folder), spec, {name: array.shape for name, array in arrays.items()})
     settings = _settings(spec, meta)
+    if (folder / "W_enc_0.safetensors").exists():
+        raise UserError(f"{folder}: holds a cross-layer transcoder, which has a {CONFIG} of its own: choose another folder")
     spec, arrays = folding.without_input_bias(spec, arrays)
     if "threshold" in arrays:  # negative ones act like 0 here, and would let negative activations through there
         arrays[_THRESHOLD] = np.broadcast_to(np.maximum(arrays.pop("threshold"), 0.0), (spec.width,))
@@ -138,7 +140,7 @@ def _settings(spec: Any, meta: DictionaryMeta) -> dict[str, Any]:
         known = "ReLU, JumpReLU, BatchTopK (as JumpReLU) and TopK with rule='raw' (negative ones kept)"
         raise wrong(f"has {known}, no {type(spec).__name__}{rule}")
     name, _, layer = meta.site.partition("@")
-    hooks = [hook for hook, place in _READ.items() if place == (name, meta.weight_processing or "raw")]
+    hooks = [hook for hook, place in READ.items() if place == (name, meta.weight_processing or "raw")]
     written = {f"mlp_out@{layer}": "hook_mlp_out", f"mlp_raw@{layer}": "mlp.hook_out"}.get(meta.target)
     if not hooks or written is None or layer != str(meta.layer) or not layer.isdigit():
         raise wrong(
@@ -155,7 +157,7 @@ def _joined(folder: Path, settings: dict[str, Any], spec: Any, meta: DictionaryM
     others = sorted(path for path in folder.glob("layer_*.safetensors") if _LAYER.fullmatch(path.name) and path.name != own)
     if not others or not (folder / CONFIG).is_file():
         return settings
-    before = _config(folder)
+    before = read_config(folder)
     if "activation" not in before and settings["activation"] != "topk":
         settings = {key: value for key, value in settings.items() if key != "activation"}  # each layer's weights say which of the two it is
     for key, value in settings.items():
@@ -173,18 +175,23 @@ def _joined(folder: Path, settings: dict[str, Any], spec: Any, meta: DictionaryM
 def _meaning(key: str, value: Any, model: str) -> Any:
     """Hooks of two names that hold the same numbers are one."""
     if key == "feature_input_hook" and isinstance(value, str):
-        return _READ.get(value, value)
-    return _written(value, model) if key == "feature_output_hook" else value
+        return READ.get(value, value)
+    return output_site(value, model) if key == "feature_output_hook" else value
 
 
-def _written(hook: Any, model: Any) -> str | None:
+def output_site(hook: Any, model: Any) -> str | None:
     """The site that a set writes. Where outputs are normed before they are added (Gemma), the MLP's own output is another one."""
     if hook == "mlp.hook_out" and isinstance(model, str) and "gemma" in model.lower():
         return "mlp_raw"
     return "mlp_out" if hook in ("hook_mlp_out", "mlp.hook_out") else None
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """What ``config.yaml`` says.
+
+    Raises:
+      UserError: not YAML, not a mapping, too long.
+    """
     path = folder / CONFIG
     try:
         if path.stat().st_size > _MAX_CONFIG:
@@ -206,8 +213,8 @@ def _config(folder: Path) -> dict[str, Any]:
 def _meta(path: Path, settings: dict[str, Any], layer: int) -> DictionaryMeta:
     card = cards.of_safetensors(path)
     model, read, written = (settings.get(key) for key in ("model_name", "feature_input_hook", "feature_output_hook"))
-    name, form = _READ.get(read, (None, None)) if isinstance(read, str) else (None, None)
-    target = f"{_written(written, model)}@{layer}" if _written(written, model) else f"blocks.{layer}.{written}"
+    name, form = READ.get(read, (None, None)) if isinstance(read, str) else (None, None)
+    target = f"{output_site(written, model)}@{layer}" if output_site(written, model) else f"blocks.{layer}.{written}"
     extra = {"format": "circuit_tracer", "target": target}
     site = f"{name}@{layer}" if name else f"blocks.{layer}.{read}"
     return cards.of(path, card, extra, model=model, site=site, layer=layer, weight_processing=form)
