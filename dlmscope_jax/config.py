@@ -194,7 +194,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if not isinstance(value, Mapping):
             raise UserError(f"{path}: {_describe(value)}, should be a mapping")
         return {str(key): _convert(args[1], entry, _join(path, key)) for key, entry in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1e300:  # float() raises above 1.8e308
         return float(value)
     if hint not in (bool, int, float, str):
         raise TypeError(f"{path}: config.py cannot read {hint}")

@@ -17,6 +17,8 @@ import posixpath
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from dlmscope_jax.errors import UserError
 
 from .formats import (
@@ -53,6 +55,7 @@ FORMATS: dict[str, Any] = {
     "binary": binary_pt,
 }
 CONFIGS = ("config.json", "cfg.json", "hyperparams.json")
+_LONGEST = 1150  # of an error's letters
 _WEIGHTS = (".safetensors", ".npz", ".pt", ".pth", ".pkl", ".pkl.gz")
 
 
@@ -73,7 +76,12 @@ def load_dictionary(path: str | Path, subfolder: str | None = None) -> tuple[Any
     folder, files = _offered(path, subfolder)
     found = _recognise(folder, files)
     if found is not None:
-        return FORMATS[found[0]].load(folder, files, found[1])
+        try:
+            spec, params, meta = FORMATS[found[0]].load(folder, files, found[1])
+        except UserError as error:  # a stranger's file may say anything, at any length
+            raise error if len(str(error)) < _LONGEST else UserError(f"{str(error)[:_LONGEST]} ...") from None
+        _check_finite(folder, params)
+        return spec, params, meta
     what = folder if len(files) != 1 else folder / next(iter(files))
     if not any((folder / name).is_file() for name in CONFIGS) and not any(name.endswith(_WEIGHTS) for name in files):
         raise UserError(f"{what}: holds no dictionary (no {', '.join(CONFIGS)} and no weights){_suggest(folder)}")
@@ -98,6 +106,13 @@ def save_dictionary(path: str | Path, spec: Any, params: dict, meta: DictionaryM
     if (other := _held(folder)) not in (None, format):
         raise UserError(f"{folder}: holds a dictionary of the {other} format, which would still be found: choose another folder")
     writers[format].save(folder, spec, params, meta)
+
+
+def _check_finite(folder: Path, params: dict) -> None:
+    """Raises for NaN, and for infinity anywhere but in a threshold, where it is a latent that never fires."""
+    for name, value in params.items():
+        if bool(jnp.isnan(value).any() if name == "threshold" else ~jnp.isfinite(value).all()):
+            raise UserError(f"{folder}: {name} holds NaN or infinity: the dictionary is damaged, or its training diverged")
 
 
 def _recognise(folder: Path, files: frozenset[str]) -> tuple[str, Any] | None:

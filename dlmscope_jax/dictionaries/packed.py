@@ -63,7 +63,7 @@ def load_bits(path: str | Path) -> Bool[np.ndarray, "rows N"]:
     except safetensors.SafetensorError as error:
         raise UserError(f"{path}: not a file of packed codes: {error}") from None
     width = header.get("width", "")
-    if packed is None or packed.dtype != np.uint8 or packed.ndim != 2 or not width.isdecimal():
+    if packed is None or packed.dtype != np.uint8 or packed.ndim != 2 or not (width.isdecimal() and len(width) < 20):
         raise UserError(f"{path}: not a file of packed codes: it should hold 'bits', [rows, bytes] uint8, and its width")
     if hashlib.sha256(packed.tobytes()).hexdigest() != header.get("sha256"):
         raise UserError(f"{path}: its bits do not have the SHA-256 in its header: damaged")

@@ -137,6 +137,25 @@ def test_native_notices_damage(tmp_path):
         load_dictionary(tmp_path)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_would_fail_without_a_word_is_refused(tmp_path, value):
+    for name in PARAMS:
+        save_dictionary(tmp_path, SPEC, PARAMS | {name: PARAMS[name].at[(1,) * PARAMS[name].ndim].set(value)}, META)
+        with pytest.raises(UserError, match=f"{name} holds NaN or infinity"):
+            load_dictionary(tmp_path)
+
+
+def test_a_latent_may_never_fire(tmp_path):
+    spec = JumpReLU(6, 20)
+    params = random_params(spec)
+    save_dictionary(tmp_path, spec, params | {"threshold": params["threshold"].at[3].set(jnp.inf)}, META)
+    got, loaded, _ = load_dictionary(tmp_path)
+    assert not bool(got.dense(got.encode(loaded, jnp.ones((5, 6))))[:, 3].any())
+    save_dictionary(tmp_path, spec, params | {"threshold": params["threshold"].at[3].set(jnp.nan)}, META)
+    with pytest.raises(UserError, match="threshold holds NaN"):
+        load_dictionary(tmp_path)
+
+
 def edited(folder, change):
     config = json.loads((folder / "config.json").read_text())
     change(config)
@@ -426,7 +445,7 @@ def test_one_folder_holds_one_dictionary(tmp_path, format, other):
             save_dictionary(tmp_path, SPEC, PARAMS, META, format=format)
 
 
-ODD = [None, [], {}, "x", "", -1, 0, 2**70, 0.5, True, float("inf"), float("nan"), [[1]], {"a": 1}]
+ODD = [None, [], {}, "x", "", -1, 0, 2**70, 10**400, 0.5, True, float("inf"), float("nan"), [[1]], {"a": 1}, "x" * 9999]
 
 
 def everywhere(value, odd):

@@ -79,7 +79,7 @@ def load(folder: Path, files: frozenset[str], config: Any) -> tuple[ReLU | JumpR
         common: dict[str, Any] = {"d_in": d, "width": width, "d_out": d, "skip": "W_skip" in tensors.shapes}
         k = tensors.number("k") if "k" in tensors.shapes else settings.get("k")
         if activation == "topk" or (activation is None and "k" in tensors.shapes):
-            if isinstance(k, bool) or not isinstance(k, int | float) or not float(k).is_integer() or settings.get("k", k) != k:
+            if isinstance(k, bool) or not isinstance(k, int | float) or k != k // 1 or settings.get("k", k) != k:
                 stated = short(settings.get("k"))
                 raise UserError(f"{folder / CONFIG}: k is {stated} here and {short(k):.60} in {path.name}: topk needs one whole number")
             spec: ReLU | JumpReLU | TopK = TopK(**common, k=int(k), rule="raw")

@@ -148,7 +148,7 @@ def _scales(where: Path, config: dict, tensors: Tensors, hooks: tuple[str, str],
     for side, hook in zip(("in", "out"), hooks, strict=True):
         name = next((name for name in (f"{_NORMS}.{hook}", f"{_NORMS}.{side}") if name in tensors.shapes), None)
         norm = tensors.number(name) if name else stated.get(hook, stated.get(side))
-        if isinstance(norm, bool) or not isinstance(norm, int | float) or not (math.isfinite(norm) and norm > 0):
+        if isinstance(norm, bool) or not isinstance(norm, int | float) or not 1e-30 < norm < 1e30:
             raise UserError(f"{where}: rows were divided by their mean norm, and {_NORMS} for {hook} is {short(norm):.60}")
         out.append(np.float32(norm / math.sqrt(d)))
     return out[0], out[1]
@@ -156,6 +156,6 @@ def _scales(where: Path, config: dict, tensors: Tensors, hooks: tuple[str, str],
 
 def _number(where: Path, config: dict, key: str) -> float:
     value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e30:
         raise UserError(f"{where}: {key} is {short(value):.60}, should be a number that is not negative")
     return float(value)

@@ -22,7 +22,8 @@ def check_opcodes(data: bytes, also: frozenset[str] = frozenset()) -> int:
     """Refuses a pickle with other instructions than torch's and those in ``also``; returns where it ends.
 
     Raises:
-      UserError: another instruction, a memo index out of all proportion, a key that is neither text nor a number, an empty stack.
+      UserError: another instruction, a memo index or a number out of all proportion, a key that is neither text nor a number, an
+        empty stack.
       ValueError: instructions that are cut short.
     """
     stack: list[bool | str] = []  # whether each value is text or a number
@@ -32,6 +33,8 @@ def check_opcodes(data: bytes, also: frozenset[str] = frozenset()) -> int:
         name = opcode.name
         if name not in _OPCODES and name not in also:
             raise UserError(f"uses the pickle instruction {name}, which torch does not write; it was not run")
+        if name == "LONG1" and argument.bit_length() > 128:
+            raise UserError("holds a whole number that is longer than any of torch's; it was not run")
         if name in ("BINPUT", "LONG_BINPUT") and argument > len(data):
             raise UserError("uses an impossible memo index; it was not run")
         if name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):

@@ -217,7 +217,7 @@ def _scale(folder: Path, flat: dict) -> float | None:
         raise UserError(f"{path}: rows were whitened, which is not read")
     if scale is None:
         return None
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < float("inf"):
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 1e-30 < scale < 1e30:
         raise UserError(f"{path}: scaling_factor is {scale!r}, should be a positive number")
     return float(scale)
 

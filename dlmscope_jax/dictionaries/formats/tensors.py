@@ -34,7 +34,8 @@ class Tensors:
         """The values of one tensor, float32.
 
         Raises:
-          UserError: no such tensor, another dtype than a floating-point one, NaN, or numbers that float32 cannot hold.
+          UserError: no such tensor, another dtype than a floating-point one, NaN. A number that float32 cannot hold becomes infinite,
+            which ``load_dictionary`` refuses.
         """
         if name not in self.shapes:
             raise UserError(f"{self.where}: {name} is missing")
