@@ -6,6 +6,7 @@ An autoencoder's ``shift`` is ``b_dec``; a transcoder's is 0, because ``b_dec`` 
 own, ``b_in`` (``input_bias=True``, the transcoder paper's recipe).
 """
 
+import dataclasses
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -100,7 +101,7 @@ class Dictionary:
             sample = rows.normalise(jnp.asarray(sample, jnp.float32), self.row_norm)[0]
         if self.row_norm != "none" and self.transcoder and inputs is not None:
             inputs, scale, offset = rows.normalise(jnp.asarray(inputs, jnp.float32), self.row_norm)
-            sample = None if sample is None else (jnp.asarray(sample, jnp.float32) - offset) / scale
+            sample = None if sample is None else rows.in_units_of(jnp.asarray(sample, jnp.float32), scale, offset)
         for_decoder, for_encoder = jax.random.split(key)
         w_dec = rows.unit_rows(jax.random.normal(for_decoder, (self.width, self.out), jnp.float32))
         # A transcoder's two spaces differ, so its encoder gets directions of its own.
@@ -139,7 +140,7 @@ class Dictionary:
         flat = rows.normalise(self._rows(x, self.d_in, "encode"), self.row_norm)[0]
         codes = self._codes(params, flat, train)
         lead = x.shape[:-1]
-        return codes.replace(shape=lead) if isinstance(codes, FlatSparse) else take_rows(codes, lead)
+        return dataclasses.replace(codes, shape=lead) if isinstance(codes, FlatSparse) else take_rows(codes, lead)
 
     def _codes(self, params: dict, x: Float[Array, "B D"], train: bool) -> Codes:
         """The activations of normalised rows, with their gradient."""
@@ -231,7 +232,7 @@ class Dictionary:
             return x, x
         target = self._rows(target, self.out, "loss (target)")
         flat, scale, offset = rows.normalise(x, self.row_norm)
-        return flat, target if self.row_norm == "none" else (target - offset) / scale
+        return flat, target if self.row_norm == "none" else rows.in_units_of(target, scale, offset)
 
     def row_errors(
         self, params: dict, x: Float[Array, "B D"], target: Float[Array, "B D_out"] | None = None
@@ -297,21 +298,32 @@ class Dictionary:
 
         Args:
           scale: the positive number that inputs were divided by.
-          out_scale: the same for a transcoder's target; None: ``scale``.
+          out_scale: the same for a transcoder's target; None: ``scale``, which an autoencoder's always is.
 
         Raises:
-          UserError: a transcoder that normalises each row, whose output scale cannot be put anywhere.
+          UserError: an autoencoder with two scales; a transcoder that normalises each row, whose output scale cannot be put anywhere.
         """
+        out_scale = self._out_scale(scale, out_scale)
         if self.row_norm != "none":
             if self.transcoder:
                 raise UserError(f"{type(self).__name__}.fold: a transcoder with row_norm={self.row_norm!r} has no place for a scale")
             return dict(params)
-        out_scale = scale if out_scale is None else out_scale
         ratio = out_scale / scale
         factors = {"b_dec": out_scale, "b_in": scale, **dict.fromkeys(self._activation_units(), out_scale)}
         if self.transcoder:
             factors |= {"W_enc": ratio, "W_skip": ratio}
         return {name: value * factors[name] if name in factors else value for name, value in params.items()}
+
+    def _out_scale(self, scale: float | Array, out_scale: float | Array | None) -> float | Array:
+        """What targets were divided by."""
+        if out_scale is None:
+            return scale
+        if not self.transcoder and out_scale is not scale and out_scale != scale:
+            name = type(self).__name__
+            raise UserError(
+                f"{name}.fold: out_scale = {out_scale} belongs to a transcoder; an autoencoder's output has its input's scale {scale}"
+            )
+        return out_scale
 
     def _activation_units(self) -> tuple[str, ...]:
         """Parameters in units of the activations."""

@@ -5,9 +5,8 @@ a = W_enc x + b_enc,   B = 1[a > 0],   y = W_dec B + b_dec        (Cho et al. 20
 An always-on bit has no entropy, as an always-off one has none: what counts as an event is a bit's rarer value.
 """
 
-import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import jax
@@ -144,12 +143,12 @@ class Binary(Dictionary):
         terms |= {"entropy": settings.entropy * measured["entropy"], "covariance": settings.covariance * measured["covariance"]}
         parts = self._parts(residual, target, Dense(support), terms, measured)
         rarer = jnp.minimum(parts.fired, len(x) - parts.fired)
-        return total(terms), dataclasses.replace(parts, fired=rarer, l0=rarer.sum().astype(jnp.float32) / len(x))
+        return total(terms), replace(parts, fired=rarer, l0=rarer.sum().astype(jnp.float32) / len(x))
 
     def fold(self, params: dict, scale: float | Array, out_scale: float | Array | None = None) -> dict:
         """See ``Dictionary.fold``; bits have no scale, so the encoder takes the input's and the decoder the output's."""
         if self.row_norm != "none":
             return super().fold(params, scale, out_scale)
-        out_scale = scale if out_scale is None else out_scale
+        out_scale = self._out_scale(scale, out_scale)
         factors = {"W_enc": 1 / scale, "W_dec": out_scale, "b_dec": out_scale, "b_in": scale, "W_skip": out_scale / scale}
         return {name: value * factors.get(name, 1.0) for name, value in params.items()}

@@ -80,3 +80,8 @@ def normalise(x: Float[Array, "B D"], kind: str) -> tuple[Float[Array, "B D"], F
     offset = x.mean(axis=1, keepdims=True)
     scale = jnp.std(x, axis=1, keepdims=True, ddof=1)
     return (x - offset) / (scale + 1e-5), scale, offset
+
+
+def in_units_of(y: Float[Array, "B D_out"], scale: Float[Array, "B 1"], offset: Float[Array, "B 1"]) -> Float[Array, "B D_out"]:
+    """What ``normalised * scale + offset`` must start from to give ``y``; where the scale is 0, a row of equal entries, ``y - offset``."""
+    return (y - offset) / jnp.where(scale > 0, scale, 1.0)
