@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dlmscope_jax import kernels
 from dlmscope_jax.errors import UserError
-from dlmscope_jax.kernels.topk.batch import among_largest, topk_batch
+from dlmscope_jax.kernels.topk.batch import among_largest
 
 from . import auxk
 from .base import Dictionary, RowNorm
@@ -91,7 +91,7 @@ class BatchTopK(Dictionary):
         With a ``k`` of its own, which may be traced, the rest of the places for the dictionary's k hold zeros.
         """
         n_rows = x.shape[0]
-        chosen, rows, latents = topk_batch(self._preactivations(params, x), self.k * n_rows)
+        chosen, rows, latents = kernels.topk_batch(self._preactivations(params, x), self.k * n_rows)
         shift = self._shift(params)
         values = kernels.with_flat_encoder_gradient(chosen, rows, latents, x, params["W_enc"], params["b_enc"], shift)
         values = jax.nn.relu(values)

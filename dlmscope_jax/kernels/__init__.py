@@ -1,7 +1,7 @@
 """Array operations with a plain reference, faster implementations and one dispatcher each.
 
-``topk(x, k)`` selects; ``sparse`` holds the products of row-sparse codes with a dictionary and their gradients.
-A named implementation works or raises, none is silently replaced.
+``topk(x, k)`` selects within rows, ``topk_batch(x, count)`` over all of them; ``sparse`` holds the products of sparse codes with a
+dictionary and their gradients. A named implementation works or raises, none is silently replaced.
 """
 
 from .binarise import ESTIMATORS, binarise
@@ -9,6 +9,7 @@ from .covariance import offdiagonal_covariance
 from .sparse import decode, preactivations, with_encoder_gradient
 from .sparse.flat import decode_flat, with_flat_encoder_gradient
 from .topk import topk
+from .topk.batch import topk_batch
 
 __all__ = [
     "ESTIMATORS",
@@ -18,6 +19,7 @@ __all__ = [
     "offdiagonal_covariance",
     "preactivations",
     "topk",
+    "topk_batch",
     "with_encoder_gradient",
     "with_flat_encoder_gradient",
 ]

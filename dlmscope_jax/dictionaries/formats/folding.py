@@ -34,7 +34,9 @@ def without_input_bias(spec: Any, params: Params) -> tuple[Any, Params]:
 
 
 def unit_decoder(params: Params) -> Params:
-    """Decoder rows of norm 1; activations and everything in their units take the norms. A zero row stays zero.
+    """Decoder rows of norm 1; the encoder and its biases, and so the activations, take the norms. A zero row stays zero.
+
+    Thresholds stay as they are: they must already be meant for activations times norms.
 
     The function stays the same where each latent's activation commutes with a positive factor of its own: everywhere but in a
     choice that compares latents (TopK, BatchTopK), which changes unless it already compared activations times norms.
