@@ -192,6 +192,12 @@ def test_results_that_are_handed_in_again(tmp_path):
     tracemalloc.stop()
 
 
+@pytest.mark.parametrize("name", [PAPER, "x.pkl.gz"])
+def test_instructions_without_end(tmp_path, name):
+    """Each letter is a list of 56 bytes."""
+    refused(put(tmp_path / name, b"\x80\x02" + 2**19 * b"]" + b"."), "has more than 262144 instructions")
+
+
 def test_a_storage_that_is_asked_for_many_times(tmp_path):
     storage = pickles.old_storage(bytes(2**22), 2**20)
     again = b"B" + struct.pack("<I", len(storage)) + storage + b"q\x000ctorch.storage\n_load_from_bytes\nq\x010"

@@ -1,8 +1,9 @@
 """A pickle's instructions, looked at before any of them is followed.
 
-Three things in it could do harm although every name that it asks for is harmless: an instruction that torch does not write, a memo
-index that makes the unpickler allocate memory for all those below it, and a dictionary key whose hash takes for ever (sixty tuples, each of
-which holds the one before it twice). Keys must be text or numbers; for that the stack is followed, without values.
+Four things in it could do harm although every name that it asks for is harmless: an instruction that torch does not write, a memo
+index that makes the unpickler allocate memory for all those below it, a dictionary key whose hash takes for ever (sixty tuples, each of
+which holds the one before it twice), and millions of instructions, most of which make an object of a hundred times their length. Keys must
+be text or numbers; for that the stack is followed, without values.
 """
 
 import pickletools
@@ -16,21 +17,24 @@ _OPCODES = frozenset(
 )
 _PLAIN = frozenset("NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE".split())
 _MARK = "mark"
+_MOST = 2**18  # instructions; a tensor takes about forty
 
 
 def check_opcodes(data: bytes, also: frozenset[str] = frozenset()) -> int:
     """Refuses a pickle with other instructions than torch's and those in ``also``; returns where it ends.
 
     Raises:
-      UserError: another instruction, a memo index or a number out of all proportion, a key that is neither text nor a number, an
-        empty stack.
+      UserError: another instruction, too many of them, a memo index or a number out of all proportion, a key that is neither text nor a
+        number, an empty stack.
       ValueError: instructions that are cut short.
     """
     stack: list[bool | str] = []  # whether each value is text or a number
     memo: dict[int, bool | str] = {}
     position = 0
-    for opcode, argument, position in pickletools.genops(data):  # noqa: B007  # the last position is STOP's
+    for count, (opcode, argument, position) in enumerate(pickletools.genops(data)):  # noqa: B007  # the last position is STOP's
         name = opcode.name
+        if count >= _MOST:
+            raise UserError(f"has more than {_MOST} instructions, which no file of tensors needs; it was not run")
         if name not in _OPCODES and name not in also:
             raise UserError(f"uses the pickle instruction {name}, which torch does not write; it was not run")
         if name == "LONG1" and argument.bit_length() > 128:
