@@ -227,9 +227,10 @@ def test_without_dead_there_is_no_auxiliary_term(architecture):
     assert not {"aux", "ghost"} & (set(parts.terms) | set(parts.measured))
 
 
+@pytest.mark.slow
 @every_architecture
 def test_several_in_one_program(architecture):
-    """Dictionaries of one shape are trained stacked: the loss under vmap is the loss of each."""
+    """Dictionaries of one shape may be stacked: the loss under vmap is the loss of each. Training calls one program several times instead."""
     spec = make(architecture)
     each = [random_params(spec, seed) for seed in (0, 100)]
     dead = jnp.stack([DEAD, jnp.zeros_like(DEAD)])
