@@ -230,7 +230,7 @@ def test_without_dead_there_is_no_auxiliary_term(architecture):
 @pytest.mark.slow
 @every_architecture
 def test_several_in_one_program(architecture):
-    """Dictionaries of one shape may be stacked: the loss under vmap is the loss of each. Training calls one program several times instead."""
+    """Dictionaries of one shape may be stacked: the loss under vmap is that of each. (Training calls one program several times instead.)"""
     spec = make(architecture)
     each = [random_params(spec, seed) for seed in (0, 100)]
     dead = jnp.stack([DEAD, jnp.zeros_like(DEAD)])
