@@ -107,10 +107,10 @@ def delta_losses(
     )
     means, samples = _calibrate(model, params, source, rates, collect)
     fresh = jax.random.fold_in(jax.random.key(seed), 2)
-    untrained = {}
-    for name, (spec, _, _) in dictionaries.items():
-        inputs = {"inputs": samples[reads[name]]} if is_transcoder(spec) else {}
-        untrained[name] = spec.init(fresh, samples[plans[name].site], **inputs)
+    untrained = {
+        name: _untrained(spec, fresh, samples[plans[name].site], samples[reads[name]] if is_transcoder(spec) else None)
+        for name, (spec, _, _) in dictionaries.items()
+    }
     tallies = {name: _Tally(blocks, len(rates), positions) for name in dictionaries}
     noise_key = jax.random.fold_in(jax.random.key(seed), 1)
     for r, rate in enumerate(rates):
@@ -345,6 +345,22 @@ def _calibrate(
     means = {site: jnp.asarray(s / np.maximum(counts, 1)[:, None], jnp.float32) for site, s in sums.items()}
     every = max(1, int(counts.sum()) // _SAMPLE)
     return means, {site: jnp.asarray(np.concatenate(parts)[::every]) for site, parts in samples.items()}
+
+
+def _untrained(spec: Any, key: Array, written: Float[Array, "S D"], read: Float[Array, "S D_in"] | None) -> dict:
+    """What a training would begin with, for raw rows: thresholds and a transcoder's activations depend on the units that it is made in."""
+    inputs = {} if read is None else {"inputs": read}
+    if spec.row_norm != "none":
+        return spec.init(key, written, **inputs)
+    size, sizes = _size(written), {name: _size(rows) for name, rows in inputs.items()}
+    params = spec.init(key, written / size, **{name: rows / sizes[name] for name, rows in inputs.items()})
+    return spec.fold(params, sizes.get("inputs", size), size)
+
+
+def _size(rows: Float[Array, "S D"]) -> Float[Array, ""]:
+    """Root mean squared norm, as training scales rows; 1 where all are 0."""
+    size = jnp.sqrt(jnp.square(rows).sum(axis=1).mean())
+    return jnp.where(size > 0, size, 1.0)
 
 
 class _Tally:

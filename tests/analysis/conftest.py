@@ -36,9 +36,13 @@ class Perfect:
     d_in: int
     width: int = 4
     d_out: int | None = None
+    row_norm: str = "none"
 
     def init(self, key, sample=None):
         return {"shift": jnp.zeros(())}
+
+    def fold(self, params, scale, out_scale=None):
+        return params
 
     def reconstruct(self, params, x):
         return x + params["shift"] * 0
