@@ -130,8 +130,8 @@ def firing(
 
 
 def is_binary(spec: Any) -> bool:
-    """Whether the codes of a dictionary are bits, of which neither value is the active one by itself."""
-    return getattr(spec, "KIND", None) == "binary"
+    """Whether the codes of a dictionary are single bits, of which neither value is the active one by itself."""
+    return getattr(spec, "KIND", None) == "binary" and spec.bits == 1
 
 
 def own_rows(store: Any, select: str | None) -> Bool[np.ndarray, " rows"]:

@@ -13,6 +13,8 @@ from scipy.optimize import linear_sum_assignment
 from dlmscope_jax.dictionaries.entropy import marginal_entropy
 from dlmscope_jax.errors import UserError
 
+from .densities import is_binary
+
 VERSION = 1
 RECOVERED = 0.9  # the cosine from which a feature counts as found
 _BATCH = 4096
@@ -41,7 +43,7 @@ def recovery(
     Returns:
       A dict for ``json``: ``features`` and ``latents``, their numbers; ``recovered``, the share of features whose cosine is at
       least ``threshold``; ``mean_cosine`` over all features; ``cosine`` and ``latent`` of each (0 and -1 where it has none).
-      With rows also ``rows``; ``dead``, the share of latents that never fire (of bits: never change); ``l0``;
+      With rows also ``rows``; ``dead``, the share of latents that never fire (of bits: never change); ``l0`` (of bits: rarer values);
       ``explained_variance``; and how well the matched latent says when its feature is on: ``f1`` and ``correlation`` of each
       feature (None where the feature is on in no row), ``mean_f1`` and ``mean_correlation``.
 
@@ -63,10 +65,12 @@ def recovery(
             raise UserError(f"recovery: rows {list(rows.shape)} and codes {list(codes.shape)} must be [n, d] and [n, {len(truth)}]")
         activations, error = _activations(spec, params, rows)
         alive = (activations != activations[0]).any(axis=0) if _binary(spec) else (activations != 0).any(axis=0)
+        density = (activations != 0).mean(axis=0)
+        density = np.minimum(density, 1 - density) if is_binary(spec) else density
         result |= {
             "rows": len(rows),
             "dead": float(1 - alive.mean()),
-            "l0": float((activations != 0).sum(axis=1).mean()),
+            "l0": float(density.sum()),
             "explained_variance": _explained(rows, error),
         }
     cosine, latent, sign = match(np.asarray(params["W_dec"]), truth, alive, either_sign=_either_sign(spec))

@@ -12,7 +12,7 @@ from dlmscope_jax.analysis import check_match, delta_loss, evaluate, firing, lat
 from dlmscope_jax.analysis import insertion as at_insertion
 from dlmscope_jax.analysis.controls import replacements
 from dlmscope_jax.analysis.match import raw, written_site
-from dlmscope_jax.dictionaries import BatchTopK, Binary, DictionaryMeta, ReLU, TopK
+from dlmscope_jax.dictionaries import BatchTopK, Binary, DictionaryMeta, JumpReLU, ReLU, TopK
 from dlmscope_jax.errors import UserError
 from dlmscope_jax.models import Edit
 from dlmscope_jax.models.edits import InDictionary
@@ -82,7 +82,22 @@ def test_the_untrained_transcoder_is_initialised_from_both_ends(tiny, monkeypatc
     delta_loss(model, params, dictionary, blocks, batch_size=3)
     taps = at_insertion._taps(model, params, jnp.asarray(blocks.tokens), None, (READ, WRITTEN))
     for name, site in (("inputs", READ), ("sample", WRITTEN)):
-        np.testing.assert_allclose(seen[name], taps[site].reshape(-1, tiny.width), rtol=1e-5, atol=1e-6)
+        rows = np.asarray(taps[site]).reshape(-1, tiny.width)
+        np.testing.assert_allclose(seen[name], rows / np.sqrt(np.square(rows).sum(1).mean()), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", [TopK(8, 32, 4, d_out=6), JumpReLU(8, 32), Binary(8, 32), TopK(8, 32, 4, d_out=6, row_norm="unit_rms")])
+def test_the_untrained_dictionary_has_the_units_of_the_rows(spec):
+    """Rows of another size change what it makes by that factor, as training would begin; a unit encoder on raw rows does not."""
+    x = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)
+    y = np.random.default_rng(1).normal(size=(300, spec.out)).astype(np.float32) if spec.transcoder else x
+    key, scales = jax.random.key(0), (50.0, 7.0) if spec.transcoder and spec.row_norm == "none" else (50.0, 50.0)
+
+    def made(scale, out_scale):
+        params = at_insertion._untrained(spec, key, y * out_scale, x * scale if spec.transcoder else None)
+        return np.asarray(spec.reconstruct(params, x * scale))
+
+    np.testing.assert_allclose(made(*scales), scales[1] * made(1.0, 1.0), rtol=1e-3, atol=1e-3)
 
 
 def test_fidelity_of_a_transcoder_is_against_the_rows_that_it_writes(tiny, tmp_path):
@@ -174,6 +189,20 @@ def test_of_bits_the_rarer_value_counts(tiny, tmp_path):
         assert sets[name]["intervals"]["l0"]["value"] == pytest.approx(np.minimum(p, 1 - p).sum(), rel=1e-6)
         assert sets[name]["l0"] == pytest.approx(np.minimum(p, 1 - p).sum(), rel=1e-5), name
     assert any((on[masked].mean(axis=0) > 0.5) != usual), "the states differ in what is usual"
+
+
+def test_codes_of_several_bits_have_sizes(tiny, tmp_path):
+    """More than one bit says how much and not only whether: a latent is active where it is not 0, for every figure alike."""
+    spec = Binary(tiny.width, 24, bits=3)
+    params = spec.init(jax.random.key(2))
+    x = (np.random.default_rng(1).normal(size=(300, tiny.width)) + 1).astype(np.float32)
+    values = np.asarray(spec.dense(spec.encode(params, x)))
+    assert ((values > 0).mean(axis=0) > 0.5).any() and len(np.unique(values)) > 2
+    store = store_of(tmp_path / "s", x, document=np.arange(300, dtype=np.int32) % 40)
+    meta = DictionaryMeta("tiny", READ, 1)
+    found = evaluate((spec, params, meta), store, batch_size=128)["sets"]["all"]
+    assert found["l0"] == pytest.approx((values > 0).sum(axis=1).mean()) == pytest.approx(found["intervals"]["l0"]["value"])
+    np.testing.assert_allclose(firing((spec, params, meta), store, batch_size=128).largest, values.max(axis=0), rtol=1e-6)
 
 
 def test_a_look_up_lists_the_largest_in_size(tiny):

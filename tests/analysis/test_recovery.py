@@ -217,3 +217,11 @@ def test_entropy_is_for_bits():
         binary_entropy(*relu(TRUTH), np.zeros((3, 256)))
     with pytest.raises(UserError, match=r"got \[0, 64\]"):
         binary_entropy(*exact_bits(), np.zeros((0, 64)))
+
+
+def test_the_rarer_value_of_a_bit_is_what_is_active():
+    """Three bits of the exact code are always 1 and count as little as the two that are always 0."""
+    rows, codes = BITS.rows(0, 0, 3000)
+    result = recovery(*exact_bits(), BITS.directions(0), rows, codes)
+    assert result["l0"] == pytest.approx(codes.mean(axis=0).sum(), abs=1e-3) and codes.mean() < 0.5
+    assert result["dead"] == 0.5 and result["recovered"] == 1.0
