@@ -65,9 +65,12 @@ def planned(run: Run, widths: Mapping[str, int]) -> list[Planned]:
     for i, section in enumerate(sections):
         where = f"dictionaries[{i}]" if run.dictionaries else "dictionary"
         for site in _sites(section, widths, where):
-            found += [
-                _plan(run, section, site, widths, level, seed, several_widths) for level in _levels(section) for seed in _seeds(section)
-            ]
+            try:
+                found += [
+                    _plan(run, section, site, widths, level, seed, several_widths) for level in _levels(section) for seed in _seeds(section)
+                ]
+            except UserError as error:  # of a dictionary or a training, which do not know the section that they come from
+                raise UserError(f"{where}: {error}") from None
     names = [plan.spec.label for plan in found]
     for name in names:
         if names.count(name) > 1:
@@ -103,7 +106,7 @@ def _plan(
 def _sites(section: Dictionary, widths: Mapping[str, int], where: str) -> list[str]:
     """The sites that a section reads, with those checked that it writes."""
     if section.sites:
-        wanted = [canonical_site(site) for site in section.sites]
+        wanted = [site if site in widths else canonical_site(site) for site in section.sites]  # a world's site is none of a model's
     else:
         wanted = [site for site in sorted(widths) if not section.target or site.startswith("mlp_in@")]
     if not wanted:

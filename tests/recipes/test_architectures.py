@@ -50,6 +50,7 @@ def test_a_transcoder_reads_mlp_in_and_writes_its_target():
     assert (plan.spec.site, plan.spec.target, plan.spec.dictionary.d_out) == ("mlp_in@1", "mlp_out@1", 16)
     assert (plan.spec.name, skip.spec.name) == ("mlp_in@1_to_mlp_out_topk_k4", "mlp_in@1_to_mlp_out_skip_topk_k4")
     assert skip.spec.dictionary.skip and not plan.spec.dictionary.skip
+    assert labels({"k": [4], "sites": ["rows@0"]}, widths={"rows@0": 16}) == ["rows@0_k4"], "a world's site may be named"
     assert labels({"k": [4], "target": "mlp_out"}) == [f"mlp_in@{layer}_to_mlp_out_topk_k4" for layer in (0, 1)]
 
 
@@ -100,6 +101,8 @@ def test_every_option_is_a_field_of_the_architectures_that_it_belongs_to():
         ([{"architecture": "topK"}], ["architecture", "'topK'", "'topk'"]),
         ([{"k": [4], "target": "mlp_out", "sites": ["resid_post@0"]}], ["mlp_out@0", "harvest.sites"]),
         ([{"k": [4], "target": "mlp_out"}], ["mlp_in", "harvest.sites"]),
+        ([{"k": [4]}, {"k": [4], "k_start": 2}], ["dictionaries[1]", "k_start = 2"]),
+        ([{"architecture": "relu", "sparsity": [-0.1]}], ["dictionaries[0]", "sparsity = -0.1"]),
     ],
 )
 def test_mistakes_are_one_line(sections, words, tmp_path, capsys, model_folders):
