@@ -50,8 +50,9 @@ class Setting:
 def settings(dictionaries: Sequence[Dictionary]) -> list[Setting]:
     """The settings among some dictionaries, in the order of architectures and levels in which they stand in the run's configuration."""
     groups: dict[tuple[str, str], list[Dictionary]] = {}
+    several_widths = len({d.fact("width") or d.fact("latents") for d in dictionaries}) > 1
     for d in dictionaries:
-        groups.setdefault((_named(d), _level(d)), []).append(d)
+        groups.setdefault((_named(d), _level(d, several_widths)), []).append(d)
     order = list(_NAMES)
 
     def place(group: tuple[tuple[str, str], list[Dictionary]]) -> tuple:
@@ -69,6 +70,8 @@ def _named(d: Dictionary) -> str:
     return f"{skip}{name} transcoder" if d.written != d.site else name
 
 
-def _level(d: Dictionary) -> str:
+def _level(d: Dictionary, several_widths: bool) -> str:
     level = d.fact("level") or ({"k": d.k} if d.k is not None else {})
-    return ", ".join(f"{_LEVELS.get(name, name)} {value:g}" for name, value in level.items())
+    width = (d.fact("width") or d.fact("latents")) if several_widths else None
+    words = [f"{_LEVELS.get(name, name)} {value:g}" for name, value in level.items()]
+    return ", ".join(words + ([f"{width} latents"] if width else []))

@@ -1,6 +1,7 @@
 """Sections that only some runs have: Pareto fronts, recovery of synthetic features, entropy of binary codes. Numbers are made up."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,15 @@ def test_seeds_are_taken_together_and_say_their_range(several):
     (relu,) = (s for s in settings(read_run(several).dictionaries) if s.name == "ReLU")
     assert len(relu.members) == 2
     assert relu.measured(lambda d: d.own[1]["intervals"]["l0"]) == {"value": 42.0, "low": 40.0, "high": 44.0}
+
+
+def test_widths_are_no_seeds(several, tmp_path):
+    shutil.copytree(several, tmp_path / "run")
+    for name, width in (("mlp_out@3_relu_s0.1_seed0", 64), ("mlp_out@3_relu_s0.1_seed1", 128)):
+        file = tmp_path / "run" / "results" / f"{name}.fidelity.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "width": width}))
+    found = [s for s in settings(read_run(tmp_path / "run").dictionaries) if s.name == "ReLU"]
+    assert [(s.level, len(s.members)) for s in found] == [("λ 0.1, 64 latents", 1), ("λ 0.1, 128 latents", 1)]
 
 
 def test_settings_stand_in_the_order_of_architectures_and_levels(several):
