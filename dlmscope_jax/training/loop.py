@@ -238,6 +238,7 @@ class _Run:
         meta = dataclasses.replace(self.meta, input_scale=scale, scale_folded=True, extra=extra)
         save_dictionary(self.folder, dictionary, params, meta)
         remove_checkpoints(self.folder / _CHECKPOINTS)
+        del self.state  # moments and all: what is saved will be read back beside the others' states
 
     def result(self) -> Trained:
         """What is saved, read back: what the caller gets is what anybody will load."""
@@ -275,7 +276,7 @@ def _check(specs: list[TrainSpec], checkpoint_every: int) -> None:
     names = [spec.name for spec in specs]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"train: two dictionaries are called {name!r}: train them in different run_dirs")
+            raise UserError(f"train: two dictionaries are called {name!r}: give one of them a label")
 
 
 def _meta(spec: TrainSpec, site: str, known: Mapping[str, Any], given: Mapping[str, Any], extra: dict[str, Any]) -> DictionaryMeta:

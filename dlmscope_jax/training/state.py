@@ -11,7 +11,6 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from dlmscope_jax.dictionaries import Dictionary
-from dlmscope_jax.dictionaries.rows import normalise
 from dlmscope_jax.errors import UserError
 
 from .averaging import corrected
@@ -113,9 +112,6 @@ def init_state(
         finite = np.isfinite(sample).all(axis=1) & np.isfinite(targets).all(axis=1)
         inputs = jnp.asarray(sample[finite] / np.float32(input_scale))
         outputs = jnp.asarray(targets[finite] / np.float32(output_scale))
-        if dictionary.transcoder and dictionary.row_norm != "none":  # its output is divided as its input is
-            inputs, scale, offset = normalise(inputs, dictionary.row_norm)
-            outputs = (outputs - offset) / scale
     params = _initialiser(dictionary)(key, outputs, inputs if dictionary.transcoder else None)
     knows = learned(dictionary, params)
     return TrainState(

@@ -12,7 +12,7 @@ import pytest
 from dlmscope_jax.activations import ActivationStore
 from dlmscope_jax.dictionaries import LossSettings, TopK, load_dictionary
 from dlmscope_jax.errors import UserError
-from dlmscope_jax.training import init_state, make_step, read_metrics, train
+from dlmscope_jax.training import init_state, loop, make_step, read_metrics, train
 
 from .conftest import assert_same_bits, small_spec, sparse_rows
 
@@ -83,6 +83,16 @@ def test_what_is_saved_acts_on_raw_rows_and_says_where_it_belongs(store, final_s
     spec_there, params_there, meta_there = load_dictionary(tmp_path / "resid_post@4_k4")
     assert spec_there == trained.spec and meta_there == meta
     assert_same_bits(params_there, trained.params)
+
+
+def test_a_finished_training_gives_its_memory_back_before_any_is_read(monkeypatch, tmp_path):
+    runs, result = [], loop._Run.result
+    real = loop._Run.__init__
+    monkeypatch.setattr(loop._Run, "__init__", lambda self, *arguments: (runs.append(self), real(self, *arguments))[1])
+    monkeypatch.setattr(loop._Run, "result", lambda self: (seen.append([hasattr(run, "state") for run in runs]), result(self))[1])
+    seen = []
+    train([small_spec(), small_spec(lr=1e-3, label="other")], ROWS, tmp_path)
+    assert seen == [[False, False], [False, False]]
 
 
 def test_first_weights_have_a_seed_of_their_own():
