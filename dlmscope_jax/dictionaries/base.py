@@ -151,6 +151,11 @@ class Dictionary:
         name = self._shift_name()
         return None if name is None else params[name]
 
+    @property
+    def centred(self) -> bool:
+        """Whether something is subtracted before encoding."""
+        return self._shift_name() is not None
+
     def _shift_name(self) -> str | None:
         """The parameter that is subtracted before encoding."""
         if self.transcoder:

@@ -2,7 +2,9 @@
 
 Each dead latent draws a row with probability proportional to the square of the row's loss. Its decoder row becomes the unit
 vector of what the dictionary adds to its biases there, its encoder row points to the centred input with 0.2 of the mean
-norm of the live ones, its biases are 0, its threshold is what it was at first, and the optimiser forgets it.
+norm of the live ones, its biases are 0, its threshold is what it was at first, and the optimiser forgets it. Where nothing is
+subtracted before encoding (most transcoders), the centre is the batch's mean and the biases take it off: activations would else have
+a mean that all of these latents share.
 """
 
 from typing import Any
@@ -14,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 from dlmscope_jax.dictionaries import Dictionary, JumpReLU, unit_rows
 
 _ENCODER_SHARE = 0.2
-_BIASES = ("b_enc", "b_gate", "b_mag", "r_mag")
+_BIASES = ("b_enc", "b_gate", "b_mag")
 _NOT_OF_LATENTS = ("b_dec", "b_in", "W_skip")
 
 
@@ -37,10 +39,14 @@ def resample(
     drawn = jax.random.categorical(key, 2.0 * jnp.log(error + 1e-30), shape=dead.shape)
     live = jnp.where(dead, 0.0, jnp.linalg.norm(params["W_enc"], axis=1)).sum() / jnp.maximum(1, (~dead).sum())
     length = _ENCODER_SHARE * jnp.where(dead.all(), 1.0, live)
+    centre = jnp.zeros(inputs.shape[1]) if dictionary.centred else inputs.mean(axis=0)
+    encoder = length * unit_rows(inputs[drawn] - centre)
+    bias = -jnp.matmul(encoder, centre, precision=jax.lax.Precision.HIGHEST)
     fresh = {
-        "W_enc": length * unit_rows(inputs[drawn]),
+        "W_enc": encoder,
         "W_dec": unit_rows(outputs[drawn]),
-        **{name: jnp.zeros_like(params[name]) for name in _BIASES if name in params},
+        **{name: bias for name in _BIASES if name in params},
+        **({"r_mag": jnp.zeros_like(params["r_mag"])} if "r_mag" in params else {}),
     }
     if isinstance(dictionary, JumpReLU):
         fresh["threshold"] = jnp.full_like(params["threshold"], dictionary.first_threshold)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlmscope_jax.dictionaries import JumpReLU, LossSettings, ReLU, TopK
+from dlmscope_jax.dictionaries import Gated, JumpReLU, LossSettings, ReLU, TopK
 from dlmscope_jax.training import init_state, make_step, resampling
 
 from .conftest import small_spec, sparse_rows
@@ -84,6 +84,25 @@ def test_transcoders_take_both_directions():
     writes = (np.asarray(params["W_dec"]) @ unit(y - state.params["b_dec"]).T).argmax(1)
     np.testing.assert_array_equal(reads, writes)
     np.testing.assert_allclose(np.linalg.norm(params["W_enc"], axis=1), 0.2, rtol=1e-5)  # none is live
+
+
+@pytest.mark.parametrize("kind", [TopK, Gated])
+def test_where_nothing_is_subtracted_the_biases_take_the_mean_off(kind):
+    """Rows far from the origin: the latents begin again as those that subtract the mean would, not as the mean's direction."""
+    far = (ROWS[:256] + 500.0).astype(np.float32)
+    sizes = {"d_in": 16, "width": 64, "d_out": 8} | ({"k": 4} if kind is TopK else {})
+    spec = small_spec(dictionary=kind(**sizes), target="y", site="x")
+    targets = ROWS[:256] @ np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
+    state = init_state(spec, sample=far, targets=targets)
+    x, y = far / state.input_scale, targets / state.output_scale
+    params, _ = resample(spec.dictionary, jax.random.key(1), state.params, state.opt_state, x, y, jnp.ones(64, bool))
+    centred = x - x.mean(0)
+    cosines = np.asarray(params["W_enc"]) / 0.2 @ (centred / np.linalg.norm(centred, axis=1, keepdims=True)).T
+    assert (cosines.max(axis=1) > 1 - 1e-3).all()
+    for name in ("b_enc",) if kind is TopK else ("b_gate", "b_mag"):
+        pre = x @ np.asarray(params["W_enc"]).T + np.asarray(params[name])
+        np.testing.assert_allclose(pre.mean(0), 0, atol=1e-5)
+    assert kind is TopK or (np.asarray(params["r_mag"]) == 0).all()
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adam_bf16", "lion", "signum", "muon"])
