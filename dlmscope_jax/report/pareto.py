@@ -35,7 +35,7 @@ def pareto(run: Run) -> Section | None:
         "that have their rarer value). Held-out rows; Δloss and KL with the reconstruction in place of the activations. Colour is the "
         "architecture, line pattern tells transcoders (which read the layer's MLP input) from autoencoders. Brackets are 95 % intervals "
         "over documents, or, where there are several seeds, the least and the most of them. A dictionary is on the front where no other "
-        "one here has fewer active latents and more of the quantity."
+        "one here does better with as few active latents."
     )
     return Section("pareto", "Pareto", join([said, *body]))
 
