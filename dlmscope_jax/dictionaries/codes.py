@@ -41,8 +41,8 @@ class RowSparse:
         return jnp.zeros(width, jnp.int32).at[self.indices.reshape(-1)].add(on.reshape(-1).astype(jnp.int32))
 
     def largest(self) -> Float[Array, "*batch"]:
-        """The largest activation of each row."""
-        return self.values.max(axis=-1)
+        """The largest activation of each row, 0 where the active ones are negative: the others have 0."""
+        return jnp.maximum(self.values.max(axis=-1), 0)
 
     def dense(self, width: int) -> Float[Array, "*batch N"]:
         """All ``width`` activations written out."""

@@ -344,6 +344,15 @@ def test_rules_equal_numpy(spec):
     np.testing.assert_array_equal(parts.fired, (want != 0).sum(axis=0))
 
 
+@pytest.mark.parametrize("rule", ["raw", "magnitude"])
+def test_the_largest_of_negative_activations_is_that_of_the_latents_that_are_not_active(rule):
+    spec = TopK(D, N, K, rule=rule)
+    params = spec.init(jax.random.key(0))
+    codes = spec.encode(params | {"b_enc": params["b_enc"] - 100.0}, jnp.ones((3, D)))
+    assert (codes.values < 0).all()
+    np.testing.assert_array_equal(codes.largest(), spec.dense(codes).max(axis=1))
+
+
 def test_ties_of_magnitude_and_groups_go_to_the_lowest_latent():
     params = {**PARAMS, "W_enc": jnp.zeros((N, D)), "b_enc": jnp.where(jnp.arange(N) % 2 == 0, -2.0, 2.0)}
     np.testing.assert_array_equal(RULE_SPECS["magnitude"].encode(params, X).indices, np.tile(np.arange(4), (B, 1)))
