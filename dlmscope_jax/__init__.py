@@ -48,6 +48,7 @@ _ROOMS = {
     "BatchTopK": "dictionaries",
     "Binary": "dictionaries",
     "Bits": "dictionaries",
+    "CrossLayer": "dictionaries",
     "Dense": "dictionaries",
     "DictionaryMeta": "dictionaries",
     "FlatSparse": "dictionaries",

@@ -12,6 +12,7 @@ from .losses import LossParts, LossSettings
 from .matryoshka import Matryoshka
 from .meta import DictionaryMeta
 from .metrics import StreamingFidelity
+from .packed import load_bits, save_bits
 from .relu import ReLU
 from .rows import geometric_median, project_gradient, renormalise, unit_rows
 from .topk import TopK
@@ -36,9 +37,11 @@ __all__ = [
     "StreamingFidelity",
     "TopK",
     "geometric_median",
+    "load_bits",
     "load_dictionary",
     "project_gradient",
     "renormalise",
+    "save_bits",
     "save_dictionary",
     "unit_rows",
 ]

@@ -193,6 +193,9 @@ def test_no_norm_and_no_threshold(tmp_path):
         load_dictionary(today(tmp_path / "a", weights(), config()))
     with pytest.raises(UserError, match="is 0.0"):
         load_dictionary(today(tmp_path / "b", weights(), config(), **norms(read=0.0, write=0.0)))
+    with pytest.raises(UserError, match="an autoencoder has one mean norm"):
+        two = config(jump_relu_threshold=1.0, dataset_average_activation_norm={"in": 1.0, "out": 2.0})
+        load_dictionary(old(tmp_path / "d", weights(), two))
     with pytest.raises(UserError, match="jump_relu_threshold is None"):
         load_dictionary(old(tmp_path / "c", weights(), config(dataset_average_activation_norm={"in": 1.0, "out": 1.0})))
 

@@ -151,6 +151,8 @@ def _scales(where: Path, config: dict, tensors: Tensors, hooks: tuple[str, str],
         if isinstance(norm, bool) or not isinstance(norm, int | float) or not 1e-30 < norm < 1e30:
             raise UserError(f"{where}: rows were divided by their mean norm, and {_NORMS} for {hook} is {short(norm):.60}")
         out.append(np.float32(norm / math.sqrt(d)))
+    if hooks[0] == hooks[1] and out[0] != out[1]:
+        raise UserError(f"{where}: an autoencoder has one mean norm, {_NORMS} gives two for {short(hooks[0]):.60}")
     return out[0], out[1]
 
 
