@@ -16,6 +16,9 @@ from dlmscope_jax.dictionaries import Dictionary, LossSettings
 
 from .spec import Optimizer, Schedule, TrainSpec
 
+# k is whole and all else is not, however it was written: weights of 1 and of 1.0 are one program
+_SETTINGS = {field.name: jnp.int32 if field.name == "k" else jnp.float32 for field in dataclasses.fields(LossSettings)}
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -81,7 +84,7 @@ def numbers_of(spec: TrainSpec) -> Numbers:
         warmup=jnp.float32(spec.warmup_used),
         decay_from=jnp.float32(spec.decay_start * spec.steps),
         clip=jnp.float32(np.inf if spec.clip is None else spec.clip),
-        settings=LossSettings(**{name: _scalar(value) for name, value in settings.items()}),
+        settings=LossSettings(**{name: value if value is None else _SETTINGS[name](value) for name, value in settings.items()}),
         sparsity_warmup=jnp.float32(spec.sparsity_warmup_used),
         entropy_start=jnp.int32(spec.entropy_start),
         k_start=jnp.float32(spec.k_start) if annealed else None,
@@ -91,9 +94,3 @@ def numbers_of(spec: TrainSpec) -> Numbers:
         ema=None if spec.ema is None else jnp.float32(spec.ema),
         seed=jnp.uint32(spec.seed % 2**32) if resampled else None,
     )
-
-
-def _scalar(value: float | int | None) -> Array | None:
-    if value is None:
-        return None
-    return jnp.int32(value) if isinstance(value, int) and not isinstance(value, bool) else jnp.float32(value)

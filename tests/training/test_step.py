@@ -155,6 +155,7 @@ def test_trainings_that_differ_in_numbers_share_one_program():
         small_spec(ema=0.5, k_start=8, k_anneal_steps=2, resample_every=3, dictionary=TopK(16, 64, 2), site="resid_post@3", seed=5),
         small_spec(ema=0.9, k_start=8, resample_every=9, lr=1e-3, warmup_steps=3, decay_start=0.5, steps=99, clip=None, settings=settings),
         small_spec(ema=0.9, k_start=8, resample_every=9, dead_rows=64, sparsity_warmup=3, entropy_start=2, init_seed=4),
+        small_spec(ema=0.9, k_start=8, resample_every=9, settings=LossSettings(aux=1, sparsity=2)),
     ]
     step = make_step(specs[0])
     for spec in specs:
