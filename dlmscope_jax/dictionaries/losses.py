@@ -14,7 +14,7 @@ class LossSettings:
     of a row is 1.
 
     Attributes:
-      aux: alpha of AuxK (TopK, BatchTopK, Matryoshka, ghost gradients), used where ``dead`` is given.
+      aux: alpha of AuxK (TopK, BatchTopK, Matryoshka), or the weight of ghost gradients (ReLU; 1 is usual), used where ``dead`` is given.
       sparsity: lambda of the sparsity penalty (ReLU, JumpReLU, Gated).
       preactivation: lambda_P of the pre-activation loss (JumpReLU with the tanh penalty).
       target_l0: L0* (JumpReLU with the target penalty).
