@@ -10,7 +10,7 @@ sources: [S] reference/sae_libraries.md 3.1-3.5, [B] binary_autoencoder.md 1.4, 
 import dataclasses
 import math
 
-from dlmscope_jax.dictionaries import BatchTopK, Binary, Dictionary, Gated, JumpReLU, LossSettings, ReLU, TopK
+from dlmscope_jax.dictionaries import BatchTopK, Binary, CrossLayer, Dictionary, Gated, JumpReLU, LossSettings, ReLU, TopK
 from dlmscope_jax.errors import UserError
 
 _NO_LIMIT = 2**31 - 1
@@ -50,6 +50,11 @@ def defaults(dictionary: Dictionary) -> Defaults:
             return Defaults(2e-4 / math.sqrt(dictionary.width / 2**14), eps=6.25e-10, settings=LossSettings(aux=1 / 32))
         case JumpReLU(penalty="tanh"):
             # [S] 3.3, Anthropic, January 2025: lambda_P = 3e-6, a penalty that rises over the whole run; lr and lambda are [E]
+            settings = LossSettings(aux=0.0, sparsity=10 / d, preactivation=3e-6 / math.sqrt(d))
+            return Defaults(2e-4, sparsity_warmup=(_NO_LIMIT, 1.0), settings=settings)
+        case CrossLayer():
+            # [T] 1.8 names the loss and no number: those of JumpReLU with the tanh penalty, of one layer's width [E]
+            d = d // dictionary.layers
             settings = LossSettings(aux=0.0, sparsity=10 / d, preactivation=3e-6 / math.sqrt(d))
             return Defaults(2e-4, sparsity_warmup=(_NO_LIMIT, 1.0), settings=settings)
         case JumpReLU():

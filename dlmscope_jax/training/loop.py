@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from dlmscope_jax.activations import Corruption
 from dlmscope_jax.config import to_mapping
@@ -141,16 +143,15 @@ class _Run:
     def __init__(self, spec: TrainSpec, rows: Source, folder: Path, meta: Mapping[str, Any]):
         self.spec, self.folder = spec, folder
         dictionary = spec.dictionary
-        self.site = rows.site(spec.site)
-        self.target = None if spec.target is None else rows.target(spec.target)
-        _check_width(rows, self.site, spec, "reads", "d_in", dictionary.d_in)
-        if self.target is not None:
-            _check_width(rows, self.target, spec, "writes", "d_out", dictionary.out)
+        self.reads = tuple(map(rows.target, spec.site)) if isinstance(spec.site, tuple) else (rows.site(spec.site),)
+        self.writes = tuple(map(rows.target, (spec.target,) if isinstance(spec.target, str) else spec.target or ()))
+        _check_width(rows, self.reads, spec, "reads", "d_in", dictionary.d_in)
+        _check_width(rows, self.writes, spec, "writes", "d_out", dictionary.out)
         # what makes this training this training; a site's label does not matter where there is only one
         training = to_mapping(spec)
         training["dictionary"] = {"kind": dictionary.KIND, **training["dictionary"]}
         self.identity = {"training": json.loads(json.dumps(training)), "source": rows.fingerprint}
-        self.meta = _meta(spec, self.site, rows.meta, meta, {**self.identity, "rows": spec.steps * spec.batch_size})
+        self.meta = _meta(spec, self.reads, rows.meta, meta, {**self.identity, "rows": spec.steps * spec.batch_size})
         self.start, self.bad = 0, 0
         self.latest: tuple[float, float] | None = None  # explained variance and dead share, for the progress line
 
@@ -175,7 +176,7 @@ class _Run:
     @property
     def sites(self) -> tuple[str, ...]:
         """Every site that it needs of a batch."""
-        return (self.site,) if self.target is None else (self.site, self.target)
+        return self.reads + self.writes
 
     def begin(self, sample: Callable[[int, int, tuple[str, ...]], Batch]) -> None:
         """The state of the newest checkpoint, or a fresh one."""
@@ -184,7 +185,7 @@ class _Run:
         found = load_latest(self.folder / _CHECKPOINTS, jax.eval_shape(lambda: init_state(spec)), self.identity)
         if found is None:
             some = sample(spec.sample_rows, spec.batch_size, self.sites)
-            self.state = init_state(spec, sample=some[self.site], targets=None if self.target is None else some[self.target])
+            self.state = init_state(spec, sample=_rows_of(some, self.reads), targets=_rows_of(some, self.writes) if self.writes else None)
         else:
             self.start, self.state = found
             _log.info("%s goes on from step %d", self.folder, self.start)
@@ -192,7 +193,8 @@ class _Run:
 
     def update(self, batch: Mapping[str, jax.Array]) -> Metrics:
         """Starts a step; its metrics are there when it is done."""
-        rows: Rows = batch[self.site] if self.target is None else (batch[self.site], batch[self.target])
+        read = _rows_of(batch, self.reads)
+        rows: Rows = (read, _rows_of(batch, self.writes)) if self.writes else read
         self.state, metrics = self.step(self.state, rows)
         return metrics
 
@@ -222,20 +224,21 @@ class _Run:
         """Saves the dictionary, folded so that it acts on raw rows; the checkpoints have served."""
         self.metrics.sync()
         dictionary, params = self.spec.dictionary, final_params(self.spec, self.state)
-        scale, out_scale = float(self.state.input_scale), float(self.state.output_scale)
+        scale, out_scale = (np.asarray(scale).tolist() for scale in (self.state.input_scale, self.state.output_scale))
         if dictionary.row_norm == "none":  # the norm of each row takes any scale away, and then there is none
             params = dictionary.fold(params, scale, out_scale)
         extra = {**self.meta.extra, "skipped_batches": int(self.state.skipped)}
-        if self.target is not None:
+        if self.writes:
             subtracted = "b_in" if dictionary.input_bias else None
             extra["transcoder"] = {
-                "target": self.target,
+                "target": "+".join(self.writes),
                 "input_scale": scale,
                 "output_scale": out_scale,
                 "folded": True,
                 "subtracted": subtracted,
             }
-        meta = dataclasses.replace(self.meta, input_scale=scale, scale_folded=True, extra=extra)
+        # the scales of several sites stand in "transcoder"
+        meta = dataclasses.replace(self.meta, input_scale=scale if isinstance(scale, float) else None, scale_folded=True, extra=extra)
         save_dictionary(self.folder, dictionary, params, meta)
         remove_checkpoints(self.folder / _CHECKPOINTS)
         del self.state  # moments and all: what is saved will be read back beside the others' states
@@ -255,12 +258,19 @@ def _words(latest: list[tuple[float, float]]) -> str:
     return f"EV {low:.2f}{f' to {high:.2f}' if several else ''}, dead {'at most ' if several else ''}{100 * dead:.1f} %"
 
 
-def _check_width(rows: Source, site: str, spec: TrainSpec, verb: str, field: str, expected: int) -> None:
-    width = rows.sites[site]
-    if width != expected:
-        raise UserError(
-            f"train: {site or 'the array'} has rows of {width} entries, the dictionary {spec.name} {verb} {expected}: use {field}={width}"
-        )
+def _rows_of(batch: Mapping[str, Any], sites: tuple[str, ...]) -> Any:
+    """The rows of a site, or of several side by side."""
+    return batch[sites[0]] if len(sites) == 1 else jnp.concatenate([batch[site] for site in sites], axis=1)
+
+
+def _check_width(rows: Source, sites: tuple[str, ...], spec: TrainSpec, verb: str, field: str, expected: int) -> None:
+    for site in sites:
+        width, n = rows.sites[site], len(sites)
+        if width * n != expected:
+            raise UserError(
+                f"train: {site or 'the array'} has rows of {width} entries, the dictionary {spec.name} {verb} {expected // n}: "
+                f"use {field}={width * n}"
+            )
 
 
 def _check(specs: list[TrainSpec], checkpoint_every: int) -> None:
@@ -279,10 +289,12 @@ def _check(specs: list[TrainSpec], checkpoint_every: int) -> None:
             raise UserError(f"train: two dictionaries are called {name!r}: give one of them a label")
 
 
-def _meta(spec: TrainSpec, site: str, known: Mapping[str, Any], given: Mapping[str, Any], extra: dict[str, Any]) -> DictionaryMeta:
+def _meta(
+    spec: TrainSpec, sites: tuple[str, ...], known: Mapping[str, Any], given: Mapping[str, Any], extra: dict[str, Any]
+) -> DictionaryMeta:
     """The card, from what the source says of its rows and what the caller adds."""
-    name = site or spec.site or "unknown"
-    layer = name.rpartition("@")[2]
+    name = "+".join(sites) or str(spec.site or "unknown")
+    layer = name.partition("+")[0].rpartition("@")[2]
     corruption = known.get("corruption")
     if isinstance(corruption, Mapping):
         corruption = str(Corruption(**corruption))

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from dlmscope_jax.dictionaries import Dictionary, LossSettings
+from dlmscope_jax.dictionaries import CrossLayer, Dictionary, LossSettings
 from dlmscope_jax.errors import UserError
 
 from .defaults import OPTIMISERS, defaults
@@ -28,7 +28,8 @@ class TrainSpec:
       dictionary: what is trained.
       steps: optimiser steps.
       site: which site of the source it reads, ``"resid_post@5"``; None: the only one there is.
-      target: the site that a transcoder writes, ``"mlp_out@5"``; rows of both sites belong together.
+      target: the site that a transcoder writes, ``"mlp_out@5"``; rows of both sites belong together. A cross-layer transcoder has one
+        site and one target for each layer: ``site=("mlp_in@0", "mlp_in@1"), target=("mlp_out@0", "mlp_out@1")``.
       select: which rows of an ``ActivationStore`` it learns from.
       batch_size: rows a step.
       lr: learning rate at its highest. Defaults are meant for tens of thousands of steps; runs of a few hundred want about 1e-3.
@@ -49,7 +50,7 @@ class TrainSpec:
       resample_every: steps between two resamplings of dead latents; None: never. Meant for ReLU, JumpReLU and Gated: latents that
         begin again weakly are seldom among the k largest, so those with a k are better served by AuxK.
       ema: decay of the average of the weights, which is what is saved; None: the weights themselves are.
-      normalize: ``"rms"``: rows are divided by one number so that their mean squared norm is 1, targets by one of their own;
+      normalize: ``"rms"``: rows of a site are divided by one number so that their mean squared norm is 1, targets by one of their own;
         ``"none"``: they are not, and penalties and bandwidths are in units of the raw rows. A dictionary that normalises each
         row itself (``row_norm``) is never given another scale.
       sample_rows: rows at the start of the training order from which scales and biases are estimated.
@@ -63,8 +64,8 @@ class TrainSpec:
 
     dictionary: Dictionary
     steps: int
-    site: str | None = None
-    target: str | None = None
+    site: str | tuple[str, ...] | None = None
+    target: str | tuple[str, ...] | None = None
     select: Select = "all"
     batch_size: int = 2048
     lr: float | None = None
@@ -115,6 +116,15 @@ class TrainSpec:
         self._check_combinations()
 
     def _check_dictionary(self) -> None:
+        layers = self.dictionary.layers if isinstance(self.dictionary, CrossLayer) else None
+        for name in ("site", "target"):
+            value = getattr(self, name)
+            if layers is None and isinstance(value, tuple):
+                raise UserError(
+                    f"TrainSpec: {name} = {value!r} belongs to a cross-layer transcoder; a {type(self.dictionary).__name__} has one"
+                )
+            if layers is not None and not (isinstance(value, tuple) and len(value) == layers):
+                raise UserError(f"TrainSpec: {name} = {value!r} must be a tuple of {layers} sites, one for each layer of the CrossLayer")
         if self.dictionary.transcoder and self.target is None:
             raise UserError("TrainSpec: a transcoder (d_out) needs the site that it writes: give target, such as 'mlp_out@5'")
         if not self.dictionary.transcoder and self.target is not None:
@@ -141,7 +151,10 @@ class TrainSpec:
                 raise UserError("TrainSpec: k_start does not go with the rule 'groups', which keeps one latent of each of k groups")
             if self.k_anneal_used >= self.steps:
                 raise UserError(f"TrainSpec: k_anneal_steps = {self.k_anneal_used} must leave steps at the final k: below {self.steps}")
-        if self.normalize == "none" and self.dictionary.row_norm == "none" and getattr(self.dictionary, "bandwidth", 0.0) is None:
+        if isinstance(self.dictionary, CrossLayer) and self.resample_every is not None:
+            raise UserError("TrainSpec: resample_every is not for CrossLayer: its settings.preactivation pulls dead latents back")
+        windowed = getattr(self.dictionary, "activation", "jumprelu") == "jumprelu" and getattr(self.dictionary, "bandwidth", 0.0) is None
+        if self.normalize == "none" and self.dictionary.row_norm == "none" and windowed:
             raise UserError(
                 "TrainSpec: normalize='none' leaves JumpReLU's window without a unit: give it bandwidth, in units of the raw rows"
             )
@@ -164,7 +177,8 @@ class TrainSpec:
             size = f"k{self.dictionary.k}"
         else:
             size = f"l{s.target_l0:g}" if getattr(self.dictionary, "penalty", None) == "target" else f"s{s.sparsity:g}"
-        parts = [self.site, self.target and f"to_{self.target}", None if kind == "topk" else kind, size]
+        site, target = (f"{place[0]}..{place[-1]}" if isinstance(place, tuple) else place for place in (self.site, self.target))
+        parts = [site, target and f"to_{target}", None if kind == "topk" else kind, size]
         return "_".join(part for part in parts if part)
 
     @property

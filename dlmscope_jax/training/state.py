@@ -29,7 +29,7 @@ class TrainState:
       opt_state: the optimiser's, of the parameters that it learns.
       average: sums of the moving average of those; None: there is none.
       rows_since_fired: [N] rows since each latent was last active.
-      input_scale, output_scale: what inputs and targets are divided by; one number in an autoencoder.
+      input_scale, output_scale: what inputs and targets are divided by; one number in an autoencoder, [layers] in a cross-layer transcoder.
       skipped: batches that were left out because something in them was not finite.
       numbers: the hyper-parameters that are no part of the program.
     """
@@ -39,8 +39,8 @@ class TrainState:
     opt_state: Any
     average: dict | None
     rows_since_fired: Int[Array, " N"]
-    input_scale: Float[Array, ""]
-    output_scale: Float[Array, ""]
+    input_scale: Float[Array, "*layers"]
+    output_scale: Float[Array, "*layers"]
     skipped: Int[Array, ""]
     numbers: Numbers
 
@@ -81,6 +81,19 @@ def estimate_scale(sample: Float[np.ndarray, "S D"], name: str = "the sample") -
     return float(np.sqrt(square.mean()))
 
 
+def _scale(rows: Float[np.ndarray, "S D"], sites: str | tuple[str, ...]) -> np.ndarray:
+    """The scale of a site, or of each of several side by side."""
+    if isinstance(sites, str):
+        return np.asarray(estimate_scale(rows, sites), np.float32)
+    parts = zip(np.split(rows, len(sites), axis=1), sites, strict=True)
+    return np.array([estimate_scale(part, site) for part, site in parts], np.float32)
+
+
+def divided(rows: Any, scale: Any) -> Any:
+    """Rows [B, D] over a scale: one number, or [L] of them for L equal parts of each row."""
+    return (rows.reshape(len(rows), *scale.shape, -1) / scale[..., None]).reshape(rows.shape)
+
+
 def init_state(
     spec: TrainSpec,
     key: Array | None = None,
@@ -100,18 +113,18 @@ def init_state(
     """
     dictionary = spec.dictionary
     key = jax.random.key(spec.seed if spec.init_seed is None else spec.init_seed) if key is None else key
-    input_scale = output_scale = 1.0
+    input_scale = output_scale = np.ones((len(spec.site),) if isinstance(spec.site, tuple) else (), np.float32)
     inputs: Any = None
     outputs: Any = None
     if sample is not None:
         sample, targets = _checked(spec, sample, targets)
         if spec.normalize == "rms" and dictionary.row_norm == "none":
-            input_scale = output_scale = estimate_scale(sample, spec.site or "the sample")
+            input_scale = output_scale = _scale(sample, spec.site or "the sample")
             if dictionary.transcoder:
-                output_scale = estimate_scale(targets, spec.target or "the targets")
+                output_scale = _scale(targets, spec.target or "the targets")
         finite = np.isfinite(sample).all(axis=1) & np.isfinite(targets).all(axis=1)
-        inputs = jnp.asarray(sample[finite] / np.float32(input_scale))
-        outputs = jnp.asarray(targets[finite] / np.float32(output_scale))
+        inputs = jnp.asarray(divided(sample[finite], input_scale))
+        outputs = jnp.asarray(divided(targets[finite], output_scale))
     params = _initialiser(dictionary)(key, outputs, inputs if dictionary.transcoder else None)
     knows = learned(dictionary, params)
     return TrainState(
@@ -120,8 +133,8 @@ def init_state(
         opt_state=optimiser_of(program_of(spec)).init(knows),
         average=None if spec.ema is None else jax.tree.map(jnp.zeros_like, knows),
         rows_since_fired=jnp.zeros(dictionary.width, jnp.int32),
-        input_scale=jnp.float32(input_scale),
-        output_scale=jnp.float32(output_scale),
+        input_scale=jnp.array(input_scale, jnp.float32),
+        output_scale=jnp.array(output_scale, jnp.float32),
         skipped=jnp.int32(0),
         numbers=numbers_of(spec),
     )

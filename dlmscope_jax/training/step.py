@@ -16,7 +16,7 @@ from .averaging import follow
 from .program import Program, program_of
 from .resampling import resample
 from .spec import TrainSpec
-from .state import TrainState, learned, optimiser_of
+from .state import TrainState, divided, learned, optimiser_of
 
 Metrics = dict[str, tuple[Array, Array]]
 Rows = Float[Array, "B D"] | tuple[Float[Array, "B D"], Float[Array, "B D_out"]]
@@ -106,8 +106,8 @@ def _step(program: Program, state: TrainState, batch: Rows) -> tuple[TrainState,
 def _in_training_units(state: TrainState, batch: Rows) -> tuple[Float[Array, "B D"], Float[Array, "B D_out"] | None]:
     """Float32 inputs and, for a transcoder, targets, each divided by its scale."""
     if not isinstance(batch, tuple):
-        return batch.astype(jnp.float32) / state.input_scale, None
-    return batch[0].astype(jnp.float32) / state.input_scale, batch[1].astype(jnp.float32) / state.output_scale
+        return divided(batch.astype(jnp.float32), state.input_scale), None
+    return divided(batch[0].astype(jnp.float32), state.input_scale), divided(batch[1].astype(jnp.float32), state.output_scale)
 
 
 def _measure(program: Program, state: TrainState, params: dict, statistics: dict, settings: LossSettings) -> dict:
