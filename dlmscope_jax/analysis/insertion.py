@@ -29,6 +29,7 @@ VERSION = 1
 _COPY_LIMIT = 2 << 30  # bytes of upper-layer weights that are copied to save running the lower layers again
 _CALIBRATION_TOKENS = 1 << 14
 _SAMPLE = 4096  # rows that an untrained dictionary is initialised from, as a trained one is
+_MEASURED = 1024  # of them, for its threshold
 
 
 def delta_loss(model: Any, params: dict, dictionary: Dictionary, blocks: Any, **options: Any) -> dict:
@@ -348,13 +349,20 @@ def _calibrate(
 
 
 def _untrained(spec: Any, key: Array, written: Float[Array, "S D"], read: Float[Array, "S D_in"] | None) -> dict:
-    """What a training would begin with, for raw rows: thresholds and a transcoder's activations depend on the units that it is made in."""
-    inputs = {} if read is None else {"inputs": read}
-    if spec.row_norm != "none":
-        return spec.init(key, written, **inputs)
-    size, sizes = _size(written), {name: _size(rows) for name, rows in inputs.items()}
-    params = spec.init(key, written / size, **{name: rows / sizes[name] for name, rows in inputs.items()})
-    return spec.fold(params, sizes.get("inputs", size), size)
+    """What a training would begin with, for raw rows: thresholds and a transcoder's activations depend on the units that it is made in.
+
+    What training measures (BatchTopK's threshold) is measured once: at 0 half of all latents would be active.
+    """
+    by_row = spec.row_norm != "none"
+    out_size = jnp.float32(1) if by_row else _size(written)
+    size = out_size if read is None or by_row else _size(read)
+    target = written / out_size
+    x = target if read is None else read / size
+    params = spec.init(key, target) if read is None else spec.init(key, target, inputs=x)
+    if spec.STATISTICS:
+        _, parts = spec.loss(params, x[:_MEASURED], None if read is None else target[:_MEASURED])
+        params = spec.update_statistics(params, parts.statistics)
+    return params if by_row else spec.fold(params, size, out_size)
 
 
 def _size(rows: Float[Array, "S D"]) -> Float[Array, ""]:

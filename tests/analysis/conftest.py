@@ -37,6 +37,7 @@ class Perfect:
     width: int = 4
     d_out: int | None = None
     row_norm: str = "none"
+    STATISTICS = ()
 
     def init(self, key, sample=None):
         return {"shift": jnp.zeros(())}

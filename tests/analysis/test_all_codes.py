@@ -100,6 +100,16 @@ def test_the_untrained_dictionary_has_the_units_of_the_rows(spec):
     np.testing.assert_allclose(made(*scales), scales[1] * made(1.0, 1.0), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("scale", [1.0, 50.0])
+@pytest.mark.parametrize("fields", [{}, {"d_out": 6}, {"row_norm": "layer_norm"}])
+def test_the_untrained_batch_topk_has_about_k_active_latents(scale, fields):
+    spec = BatchTopK(8, 64, 4, **fields)
+    x = scale * np.random.default_rng(0).normal(size=(2000, 8)).astype(np.float32)
+    y = np.random.default_rng(1).normal(size=(2000, spec.out)).astype(np.float32)
+    params = at_insertion._untrained(spec, jax.random.key(0), y if spec.transcoder else x, x if spec.transcoder else None)
+    assert float(spec.encode(params, x).count().mean()) == pytest.approx(4, rel=0.2)
+
+
 def test_fidelity_of_a_transcoder_is_against_the_rows_that_it_writes(tiny, tmp_path):
     rng = np.random.default_rng(0)
     x, y = (rng.normal(size=(700, tiny.width)).astype(np.float32) for _ in range(2))
