@@ -20,6 +20,7 @@ from .run import Run, read_run
 from .training import training
 
 SECTIONS = (overview, training, recovery, entropy, pareto, fidelity, insertion, features, generation)
+_OF_MODELS = (insertion, features, generation)
 
 
 def report(run_dir: str | Path) -> Path:
@@ -45,7 +46,7 @@ def render(run: Run) -> str:
     """The document of a run; the same run gives the same bytes."""
     models = join((model.name for model in run.models), ", ")
     subtitle = join([models, f" · {len(run.dictionaries)} dictionaries" if run.dictionaries else ""])
-    made = [section(run) for section in SECTIONS]
+    made = [section(run) for section in SECTIONS if not (run.synthetic and section in _OF_MODELS)]
     return page(run.name, subtitle, [section for section in made if section is not None])
 
 

@@ -50,6 +50,9 @@ def _headline(run: Run) -> Html:
             ]
         )
     head = ["Dictionary", "Explained variance", "L0", "Dead", "Δloss (nats)", "KL (nats)", "Δloss, KL at"]
+    if run.synthetic:
+        said = lead("On held-out rows. Whether the features that these are made of were found stands under Recovery.")
+        return join([said, table(head[:4], [row[:4] for row in rows], caption="Headline numbers", class_="striped")])
     note = lead(
         "On the test side, over rows of the kind that a dictionary was trained on. Δloss is the change of the loss for each scored token "
         "when the dictionary's reconstruction takes the place of "

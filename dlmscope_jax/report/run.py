@@ -129,6 +129,11 @@ class Run:
     generations: tuple[dict[str, Any], ...]
     left_out: tuple[str, ...]
 
+    @property
+    def synthetic(self) -> bool:
+        """Whether it has only worlds with known features, which no model reads."""
+        return bool(self.models) and all(model.objective == "synthetic" for model in self.models)
+
     def model(self, name: str) -> Model:
         """The model of that name."""
         return next(model for model in self.models if model.name == name)
