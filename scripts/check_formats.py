@@ -39,9 +39,7 @@ def environment() -> Path:
     check = "import importlib.metadata as m; [m.version(n) for n in ('sae-lens', 'eai-sparsify', 'dictionary-learning')]"
     if subprocess.run([python, "-c", check], capture_output=True).returncode:
         pip = [python, "-m", "pip", "install", "-qq"]
-        cpu = ["--extra-index-url", "https://download.pytorch.org/whl/cpu"]
-        if subprocess.run([*pip, *cpu, TORCH]).returncode:  # without that index: whatever the usual one has
-            subprocess.run([*pip, TORCH], check=True)
+        subprocess.run([*pip, TORCH], check=True)
         (folder / "constraints.txt").write_text(TORCH + "\n")
         subprocess.run([*pip, "--constraint", folder / "constraints.txt", SAELENS, SPARSIFY], check=True)
         # its declared dependencies are those of language models and another torch; its dictionaries need none

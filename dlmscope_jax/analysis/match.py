@@ -14,7 +14,8 @@ def raw(dictionary: Dictionary) -> Dictionary:
     spec, params, meta = dictionary
     if getattr(meta, "scale_folded", True):
         return spec, params, meta
-    return spec, spec.fold(params, meta.input_scale, _extra(meta).get("output_scale")), dataclasses.replace(meta, scale_folded=True)
+    out_scale = (_extra(meta).get("transcoder") or {}).get("output_scale")
+    return spec, spec.fold(params, meta.input_scale, out_scale), dataclasses.replace(meta, scale_folded=True)
 
 
 def place(site: str, config: Any = None) -> str:

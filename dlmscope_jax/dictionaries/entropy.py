@@ -1,11 +1,12 @@
-"""Entropy of binary codes in bits: of one batch, as a loss, and of a whole set, from how often each bit was 1."""
+"""Entropy of binary codes in bits, of one batch as a loss and of a whole set; and how much of an event each bit is."""
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dlmscope_jax.errors import UserError
 
+_INSIDE_BURST = 1e-6
 _INSIDE_LOG = 1e-10  # the released code's; it bounds the slope at log2(1e10) = 33.2
 
 
@@ -15,6 +16,18 @@ def batch_entropy(bits: Float[Array, "B N"]) -> Float[Array, ""]:
     ones = bits.sum(axis=0)
     p, q = ones / rows, (rows - ones) / rows  # not 1 - p: XLA would join that 1 with the 1e-10, where it is lost
     return -(p * jnp.log2(p + _INSIDE_LOG) + q * jnp.log2(q + _INSIDE_LOG)).sum()
+
+
+def burstiness(bits: Bool[Array, "*batch N"], prior: Float[Array, " N"]) -> Float[Array, "*batch N"]:
+    """``log2(|B - p| + 1e-6)``: how rare a bit's value is, at most 0; the paper's activation of a binary latent.
+
+    It orders the latents of a row as ``|B - p|`` does, so that a 0 of a bit that is mostly 1 is an event too.
+
+    Args:
+      bits: the values of a 1-bit code.
+      prior: p, each bit's share of ones over a whole set of rows.
+    """
+    return jnp.log2(jnp.abs(bits.astype(jnp.float32) - prior) + _INSIDE_BURST)
 
 
 def marginal_entropy(fired: Int[np.ndarray, " N"], rows: int) -> dict[str, float]:

@@ -133,7 +133,7 @@ def test_what_a_card_must_say_of_a_transcoder(tiny):
         written_site((spec, params, dataclasses.replace(meta, extra={})))
     with pytest.raises(UserError, match="width 7, but mlp_out@1"):
         check_match((TopK(tiny.width, 32, 4, d_out=7), params, meta), model=model)
-    unfolded = dataclasses.replace(meta, scale_folded=False, input_scale=2.0, extra={**meta.extra, "output_scale": 5.0})
+    unfolded = dataclasses.replace(meta, scale_folded=False, input_scale=2.0, extra={**meta.extra, "transcoder": {"output_scale": 5.0}})
     x = jax.random.normal(jax.random.key(0), (6, tiny.width))
     np.testing.assert_allclose(
         spec.reconstruct(raw((spec, params, unfolded))[1], x), 5 * spec.reconstruct(params, x / 2), rtol=1e-4, atol=1e-5

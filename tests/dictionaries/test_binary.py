@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dlmscope_jax.dictionaries import Binary, Bits, Dense, LossSettings
-from dlmscope_jax.dictionaries.entropy import batch_entropy, marginal_entropy
+from dlmscope_jax.dictionaries.entropy import batch_entropy, burstiness, marginal_entropy
 from dlmscope_jax.dictionaries.packed import load_bits, pack_bits, save_bits, unpack_bits
 from dlmscope_jax.errors import UserError
 
@@ -336,3 +336,15 @@ def test_mistakes():
             Binary(D, N, **given)
     with pytest.raises(UserError, match="give target"):
         CODER.loss(random_params(CODER), X)
+
+
+def test_burstiness_orders_as_the_distance_from_the_mean():
+    """Parity vector 6: and a 0 where 1 is usual counts as much as a 1 where 0 is."""
+    rng = np.random.default_rng(3)
+    prior = rng.permutation(np.linspace(0.01, 0.98, 40)).astype(np.float32)
+    bits = jnp.asarray(rng.random((9, 40)) < prior)
+    found = np.asarray(burstiness(bits, jnp.asarray(prior)))
+    np.testing.assert_array_equal(np.argsort(-found, kind="stable"), np.argsort(-np.abs(np.asarray(bits) - prior), kind="stable"))
+    rare = burstiness(jnp.asarray([[True, False]]), jnp.asarray([0.25, 0.75]))
+    np.testing.assert_allclose(rare, np.full((1, 2), np.log2(0.75)), rtol=1e-5)
+    assert np.isfinite(np.asarray(burstiness(jnp.asarray([True]), jnp.ones(1)))).all()
