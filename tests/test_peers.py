@@ -1,4 +1,4 @@
-"""scripts/compare_peers.py: how it compares, and (slow) what it finds beside dictionary_learning itself."""
+"""Comparisons with the peers themselves: scripts/compare_peers.py (training) and, slow, scripts/check_formats.py (files)."""
 
 import importlib.util
 import json
@@ -75,3 +75,13 @@ def test_explained_variance_is_not_below_dictionary_learnings(tmp_path):
     done = subprocess.run([sys.executable, SCRIPT, "--steps", "1000", "--json", figures], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(table["holds"] for table in json.loads(figures.read_text())["tables"])
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+def test_files_mean_the_same_to_the_libraries_whose_formats_they_are():
+    """Both ways, activations and outputs to 1e-5; where its environment is not there, scripts/check_formats.py makes it."""
+    if not (ROOT / ".venv-formats" / "bin" / "python").exists():
+        pytest.skip("scripts/check_formats.py was not run here: it makes the environment of its peers")
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "check_formats.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
