@@ -53,8 +53,9 @@ def train(
     """Trains one or several dictionaries from one pass over ``source`` and saves each in ``run_dir/<spec.name>``.
 
     Each batch is read and moved once, and dictionaries of one program are compiled once. A dictionary comes out as if it had been
-    trained alone: on CPU bit for bit, on accelerators, whose scatters add in no fixed order, up to rounding. Their steps are separate calls: states stacked in one array and scanned over would have to be copied
-    out of it and back, parameters and moments, in each step (scripts/bench_train_several.py measures both).
+    trained alone: on CPU bit for bit, on accelerators, whose scatters add in no fixed order, up to rounding. Their steps are separate
+    calls: states stacked in one array and scanned over would have to be copied out of it and back, parameters and moments, in each
+    step (scripts/bench_train_several.py measures both).
 
     The same call again goes on where a killed one was, equal in the same sense, and loads what is finished. Checkpoints are removed
     when their dictionary is saved. An iterator must then give the same batches from its start.
