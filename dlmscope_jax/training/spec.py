@@ -156,7 +156,8 @@ class TrainSpec:
         windowed = getattr(self.dictionary, "activation", "jumprelu") == "jumprelu" and getattr(self.dictionary, "bandwidth", 0.0) is None
         if self.normalize == "none" and self.dictionary.row_norm == "none" and windowed:
             raise UserError(
-                "TrainSpec: normalize='none' leaves JumpReLU's window without a unit: give it bandwidth, in units of the raw rows"
+                "TrainSpec: normalize='none' leaves JumpReLU's window without a unit: use 'rms', or, where rows have norms of about 1, "
+                "give it bandwidth"
             )
         if self.optimizer == "schedule_free":
             for name in ("ema", "resample_every"):

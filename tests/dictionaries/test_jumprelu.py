@@ -255,7 +255,7 @@ def test_a_bandwidth_in_other_units_is_refused(bandwidth):
 def test_rows_in_unknown_units_need_a_bandwidth_of_their_own():
     from dlmscope_jax.training import TrainSpec
 
-    with pytest.raises(UserError, match="TrainSpec: normalize='none' leaves JumpReLU's window without a unit: give it bandwidth"):
+    with pytest.raises(UserError, match="TrainSpec: normalize='none' leaves JumpReLU's window without a unit: use 'rms'"):
         TrainSpec(JumpReLU(4, 8), 10, normalize="none")
     TrainSpec(JumpReLU(4, 8, bandwidth=0.1), 10, normalize="none")
     TrainSpec(JumpReLU(4, 8, row_norm="unit_rms"), 10, normalize="none")
