@@ -73,5 +73,10 @@ def _named(d: Dictionary) -> str:
 def _level(d: Dictionary, several_widths: bool) -> str:
     level = d.fact("level") or ({"k": d.k} if d.k is not None else {})
     width = (d.fact("width") or d.fact("latents")) if several_widths else None
-    words = [f"{_LEVELS.get(name, name)} {value:g}" for name, value in level.items()]
+    words = [f"{_LEVELS.get(name, name)} {_short(value)}" for name, value in level.items()]
     return ", ".join(words + ([f"{width} latents"] if width else []))
+
+
+def _short(value: float) -> str:
+    """A weight without padding: 1e-6, not 1e-06."""
+    return f"{value:g}".replace("e-0", "e-")

@@ -67,7 +67,15 @@ def _place(there: list[Setting]) -> list[Html]:
         on = [name for key, name in (("ev", "EV"), ("delta", "Δloss"), ("kl", "KL")) if i in fronts[key]]
         measured = [interval(values[key][i], _form(places)) for key, (_, _, places, _) in _QUANTITIES.items()]
         dead = s.measured(lambda d: d.own[1].get("dead_share")).get("value")
-        cells = [s.name, s.level, interval(l0[i], _form(1)), *measured, percent(dead), ", ".join(on), str(len(s.members))]
+        cells = [
+            s.name,
+            el("span", s.level, class_="inline"),
+            interval(l0[i], _form(1)),
+            *measured,
+            percent(dead),
+            ", ".join(on),
+            str(len(s.members)),
+        ]
         rows.append(cells)
     head = ["Architecture", "", "L0", *(label for label, *_ in _QUANTITIES.values()), "Dead", "On the front", "Seeds"]
     caption = f"Active latents against what is explained and lost{f' ({at})' if at else ''}"

@@ -5,7 +5,7 @@ from typing import Any
 
 from .architectures import settings
 from .charts import Axis, Point, Row, Series, dot_plot
-from .markup import Html, join
+from .markup import Html, el, join
 from .page import Section, lead
 from .run import Dictionary, Run
 from .tables import fixed, interval, percent, table, tick
@@ -45,7 +45,7 @@ def recovery(run: Run) -> Section | None:
             point = Point(0, values[0]["value"], values[0].get("low"), values[0].get("high"))
             lines.append(Row(name, {0: point}, group=m.name))
             shown = [interval(value, form) for value, (_, _, form) in zip(values, _QUANTITIES, strict=True)]
-            rows.append([s.name, s.level, *shown, str(len(s.members))])
+            rows.append([s.name, el("span", s.level, class_="inline"), *shown, str(len(s.members))])
         tables.append(table(["Architecture", "", *(name for name, *_ in _QUANTITIES), "Seeds"], rows, caption=_world(m), words=2))
     axis = Axis("share of true features recovered", low=0.0, high=1.0, form=percent, tick=lambda v: tick(round(v, 3)))
     plot = dot_plot("Features recovered", lines, [Series("dictionary", (), strong=True)], axis, keys=False)
