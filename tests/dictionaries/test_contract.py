@@ -36,7 +36,8 @@ SETTINGS = jax.tree.map(jnp.float32, LossSettings(aux=0.5, sparsity=0.2, preacti
 DEAD = jnp.arange(N) % 3 == 0
 
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
-every_form = pytest.mark.parametrize("form", FORMS)
+slow = pytest.mark.slow  # the forms whose code the other two share
+every_form = pytest.mark.parametrize("form", [f if f in ("autoencoder", "skip transcoder") else pytest.param(f, marks=slow) for f in FORMS])
 
 
 def draw(seed, *shape):
@@ -173,7 +174,7 @@ def test_low_precision_rows(architecture):
 
 
 @every_architecture
-@pytest.mark.parametrize("form", ["autoencoder", "skip transcoder", "normed skip transcoder"])
+@pytest.mark.parametrize("form", ["autoencoder", "skip transcoder", pytest.param("normed skip transcoder", marks=slow)])
 def test_loss(architecture, form):
     """Finite, the sum of what is logged, with a finite gradient for all that is learned and none through what is logged."""
     spec = make(architecture, form)

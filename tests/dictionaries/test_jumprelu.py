@@ -298,6 +298,7 @@ def test_l0_reaches_its_target_and_thresholds_move():
 
 
 @pytest.mark.standard_promotion
+@pytest.mark.slow
 @pytest.mark.parametrize("penalty, sparsity", [("step", 0.02), ("tanh", 0.03)])
 def test_it_finds_the_features(penalty, sparsity):
     spec = JumpReLU(toy.D, 64, penalty=penalty)

@@ -268,6 +268,7 @@ def test_an_unknown_error_is_refused():
 
 
 @pytest.mark.standard_promotion
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spec, sparsity",
     [

@@ -256,7 +256,13 @@ PROPERTIES = {
 CASES = [(family, name) for family in FAMILIES for name in PROPERTIES if name != "both spellings" or family not in ONE_SPELLING]
 
 
-@pytest.mark.parametrize(("family", "name"), CASES)
+# every part of a network is differentiated in one of these; the other families are made of the same parts
+DIFFERENTIATED = ("llama", "gpt2", "gemma2", "mdlm")
+SLOW = [(family, name) for family, name in CASES if name == "gradients" and family not in DIFFERENTIATED]
+MARKED = [pytest.param(*case, marks=pytest.mark.slow) if case in SLOW else case for case in CASES]
+
+
+@pytest.mark.parametrize(("family", "name"), MARKED)
 def test_parity(family: str, name: str, tmp_path: Path) -> None:
     PROPERTIES[name].check(family, tmp_path)
 

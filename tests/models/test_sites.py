@@ -278,6 +278,7 @@ def test_gradients_at_every_site_equal_differences(bench):
         np.testing.assert_allclose(slope, (4 * along(0.01) - along(0.02)) / 3, rtol=2e-2, atol=2e-3, err_msg=name)
 
 
+@pytest.mark.slow
 def test_gradients_of_every_kind_equal_differences(dictionary):
     """One kind at each of seven sites, the heads' among them."""
     bench = bench_of("llama")

@@ -73,6 +73,7 @@ def test_the_logged_loss_is_the_differentiated_loss(case):
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", sorted(CASES.keys() - {"gated"}))
 def test_its_gradient_of_the_reconstruction_is_the_slope_of_the_logged_loss(case):
     """Along the decoder, where every reconstruction is smooth; penalties are off, for some hold the decoder or the residual constant.

@@ -63,6 +63,7 @@ def measured(trained, layers):
     return float(codes.count().mean()), 1 - error / np.square(y - y.mean(0)).reshape(-1, len(layers), D).sum(axis=(0, 2))
 
 
+@pytest.mark.slow
 def test_features_that_persist_take_one_latent_in_place_of_three(tmp_path):
     """As many latents, more of them active, and three transcoders of single layers still explain less than one across them."""
     length = {"steps": 800, "batch_size": 256, "sparsity_warmup": 266}

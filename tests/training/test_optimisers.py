@@ -113,7 +113,10 @@ def test_schedule_free_is_an_average_of_steps():
         np.testing.assert_allclose(optimiser.weights(state, params)[key], x, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["adam", "adam_bf16", "lion", "signum", "muon", "schedule_free"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("adam_bf16", "lion", "signum", "schedule_free")]
+
+
+@pytest.mark.parametrize("name", ["adam", "muon", *SLOW])
 def test_all_of_them_learn_and_hold_the_decoder(name):
     rows, _ = sparse_rows(4_000)
     fields = {"steps": 80, "batch_size": 256, "lr": 2e-3, "warmup_steps": 4, "schedule": "constant", "dead_rows": 2_000}
