@@ -14,6 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from dlmscope_jax import kernels
+from dlmscope_jax.errors import UserError
+
+from .base import Dictionary
+from .losses import LossSettings
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -64,3 +68,33 @@ def auxiliary_error(
 def share(dead: Bool[Array, " N"], k_aux: int) -> Float[Array, ""]:
     """``min(1, n_dead / k_aux)``: with few dead latents the auxiliary loss counts less."""
     return jnp.minimum(1.0, dead.sum(dtype=jnp.int32).astype(jnp.float32) / k_aux)
+
+
+class WithAuxK(Dictionary):
+    """A dictionary that keeps k latents and has AuxK for its dead ones; fields ``k`` and ``k_aux`` (None: d_in / 2)."""
+
+    k: int
+    k_aux: int | None
+
+    def _check_k(self) -> None:
+        """As ``_check``, and k and k_aux at most the width."""
+        self._check(("k",), ("k_aux",))
+        for field in ("k", "k_aux"):
+            value = getattr(self, field)
+            if value is not None and value > self.width:
+                raise UserError(
+                    f"{type(self).__name__}: {field} = {value} is more than the {self.width} latents: {field} must be at most width"
+                )
+
+    @property
+    def aux_count(self) -> int:
+        """k_aux as it applies."""
+        return min(self.width, max(1, self.d_in // 2)) if self.k_aux is None else self.k_aux
+
+    def _aux(
+        self, params: dict, x: Float[Array, "B D"], residual: Float[Array, "B D_out"], dead: Bool[Array, " N"], settings: LossSettings
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """The auxiliary error of the residual, held constant, and the term that it is in the loss."""
+        constant = jax.lax.stop_gradient(residual)
+        error = auxiliary_error(params, x, constant, dead, self.aux_count, self._shift_name())
+        return error, settings.aux * share(dead, self.aux_count) * error

@@ -11,11 +11,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dlmscope_jax import kernels
-from dlmscope_jax.errors import UserError
 from dlmscope_jax.kernels.topk.batch import among_largest
 
-from . import auxk
-from .base import Dictionary, RowNorm
+from .auxk import WithAuxK
+from .base import RowNorm
 from .codes import Dense, FlatSparse
 from .losses import LossParts, LossSettings, squared, total
 
@@ -26,7 +25,7 @@ _RATE = 0.01
 
 
 @dataclass(frozen=True)
-class BatchTopK(Dictionary):
+class BatchTopK(WithAuxK):
     """The static description of a BatchTopK dictionary; see ``Dictionary`` for common fields.
 
     Parameters: those of ``Dictionary`` and the scalar ``threshold``, a running mean of the least activation that a batch kept
@@ -54,17 +53,7 @@ class BatchTopK(Dictionary):
     STATISTICS: ClassVar[tuple[str, ...]] = ("threshold",)
 
     def __post_init__(self):
-        name = type(self).__name__
-        self._check(("k",), ("k_aux",))
-        if self.k > self.width:
-            raise UserError(f"{name}: k = {self.k} is more than the {self.width} latents: k must be at most width")
-        if self.k_aux is not None and self.k_aux > self.width:
-            raise UserError(f"{name}: k_aux = {self.k_aux} is more than the {self.width} latents: k_aux must be at most width")
-
-    @property
-    def aux_count(self) -> int:
-        """k_aux as it applies."""
-        return min(self.width, max(1, self.d_in // 2)) if self.k_aux is None else self.k_aux
+        self._check_k()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every parameter."""
@@ -116,9 +105,7 @@ class BatchTopK(Dictionary):
         reconstruction, residual, measured = self._reconstruction(params, codes, x, target)
         terms = {"reconstruction": reconstruction}
         if dead is not None:
-            constant = jax.lax.stop_gradient(residual)
-            measured["aux"] = auxk.auxiliary_error(params, x, constant, dead, self.aux_count, self._shift_name())
-            terms["aux"] = settings.aux * auxk.share(dead, self.aux_count) * measured["aux"]
+            measured["aux"], terms["aux"] = self._aux(params, x, residual, dead, settings)
         least = jnp.where(codes.values > 0, codes.values, jnp.inf).min()
         statistics = {"threshold": jnp.where(jnp.isfinite(least), least, 0.0)}
         return total(terms), self._parts(residual, target, codes, terms, measured, statistics)

@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 from dlmscope_jax import kernels
 from dlmscope_jax.errors import UserError
 
-from . import auxk
-from .base import Dictionary, RowNorm
+from .auxk import WithAuxK
+from .base import RowNorm
 from .codes import RowSparse
 from .losses import LossParts, LossSettings, squared, total
 
@@ -24,7 +24,7 @@ RULES = ("positive", "raw", "magnitude", "groups")
 
 
 @dataclass(frozen=True)
-class TopK(Dictionary):
+class TopK(WithAuxK):
     """The static description of a TopK dictionary; its methods are pure functions of a parameter dict.
 
     Parameters, float32, one latent a row: ``W_enc [N, d_in]``, ``W_dec [N, d_out]``, ``b_enc [N]``, ``b_dec [d_out]``,
@@ -60,22 +60,13 @@ class TopK(Dictionary):
     KIND: ClassVar[str] = "topk"
 
     def __post_init__(self):
-        self._check(("k",), ("k_aux",))
-        if self.k > self.width:
-            raise UserError(f"TopK: k = {self.k} is more than the {self.width} latents: k must be at most width")
-        if self.k_aux is not None and self.k_aux > self.width:
-            raise UserError(f"TopK: k_aux = {self.k_aux} is more than the {self.width} latents: k_aux must be at most width")
+        self._check_k()
         if self.rule not in RULES:
             raise UserError(f"TopK: rule {self.rule!r} is not known: one of {', '.join(RULES)}")
         if self.rule == "groups" and self.width % self.k:
             raise UserError(f"TopK: rule 'groups' cuts the latents into k equal runs: k = {self.k} must divide width = {self.width}")
         if self.multi_topk and self.rule != "positive":
             raise UserError(f"TopK: multi_topk goes with the rule 'positive', not {self.rule!r}")
-
-    @property
-    def aux_count(self) -> int:
-        """k_aux as it applies."""
-        return min(self.width, max(1, self.d_in // 2)) if self.k_aux is None else self.k_aux
 
     def _codes(self, params: dict, x: Float[Array, "B D"], train: bool = False) -> RowSparse:
         return self._keep(params, x, self.k)
@@ -124,9 +115,7 @@ class TopK(Dictionary):
         residual = target - self._output(params, codes, x)
         terms, measured = {"reconstruction": squared(residual)}, {}
         if dead is not None:
-            constant = jax.lax.stop_gradient(residual)
-            measured["aux"] = auxk.auxiliary_error(params, x, constant, dead, self.aux_count, self._shift_name())
-            terms["aux"] = settings.aux * auxk.share(dead, self.aux_count) * measured["aux"]
+            measured["aux"], terms["aux"] = self._aux(params, x, residual, dead, settings)
         if many is not None:
             measured["multi_topk"] = squared(target - self._output(params, many, x))
             terms["multi_topk"] = measured["multi_topk"] / 8.0
