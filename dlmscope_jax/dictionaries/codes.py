@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from dlmscope_jax.kernels.sparse.dense import scatter
+from dlmscope_jax.kernels.sparse_matmul.reference import scatter
 
 
 @struct.dataclass

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dlmscope_jax.errors import UserError
-from dlmscope_jax.kernels.sparse.flat import decode_prefixes
+from dlmscope_jax.kernels.sparse_matmul.flat import decode_prefixes
 
 from .base import RowNorm
 from .batch_topk import BatchTopK

@@ -7,8 +7,8 @@ import pytest
 
 from dlmscope_jax.errors import UserError
 from dlmscope_jax.kernels import decode_flat, preactivations, with_flat_encoder_gradient
-from dlmscope_jax.kernels.sparse import flat
-from dlmscope_jax.kernels.sparse.flat import IMPLEMENTATIONS, decode_prefixes
+from dlmscope_jax.kernels.sparse_matmul import flat
+from dlmscope_jax.kernels.sparse_matmul.flat import IMPLEMENTATIONS, decode_prefixes
 
 NAMES = sorted(IMPLEMENTATIONS)
 B, D, N, M = 7, 5, 24, 40
@@ -112,6 +112,6 @@ def test_an_unknown_implementation(case):
 
 def test_defaults_follow_the_ratio():
     assert flat.default_implementation(2048, 64 * 128, 64, "cpu") == "gather"
-    assert flat.default_implementation(2048, 64 * 512, 64, "cpu") == "dense"
-    assert flat.default_implementation(16384, 64 * 80, 64, "gpu") == "dense"
+    assert flat.default_implementation(2048, 64 * 512, 64, "cpu") == "reference"
+    assert flat.default_implementation(16384, 64 * 80, 64, "gpu") == "reference"
     assert flat.default_implementation(131072, 64 * 64, 64, "gpu") == "gather"

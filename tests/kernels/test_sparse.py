@@ -7,7 +7,7 @@ import pytest
 
 from dlmscope_jax.errors import UserError
 from dlmscope_jax.kernels import decode, preactivations, topk, with_encoder_gradient
-from dlmscope_jax.kernels.sparse import IMPLEMENTATIONS, default_implementation
+from dlmscope_jax.kernels.sparse_matmul import IMPLEMENTATIONS, default_implementation
 
 NAMES = sorted(IMPLEMENTATIONS)
 B, D, N, K = 7, 5, 24, 4
@@ -78,8 +78,8 @@ def test_the_sparse_gradient_has_no_dense_code(case):
 
 def test_defaults_follow_the_ratio():
     assert default_implementation(2048, 32, "cpu") == "gather"
-    assert default_implementation(2048, 256, "cpu") == "dense"
-    assert default_implementation(16384, 80, "gpu") == "dense"
+    assert default_implementation(2048, 256, "cpu") == "reference"
+    assert default_implementation(16384, 80, "gpu") == "reference"
     assert default_implementation(131072, 64, "gpu") == "gather"
 
 

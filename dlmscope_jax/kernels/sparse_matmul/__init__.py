@@ -7,13 +7,13 @@ decoding, for encoding and for both gradients, and each exists twice:
 - ``dots``:    out[b, j] = <rows[b], weight[indices[b, j]]>
 - ``outer``:   out[n] = sum over (b, j) with indices[b, j] = n of values[b, j] * rows[b]
 
-``gather`` touches the chosen rows only, one j at a time, so that no [B, k, D] array exists; ``dense`` scatters the code
+``gather`` touches the chosen rows only, one j at a time, so that no [B, k, D] array exists; ``reference`` scatters the code
 into [B, N] and multiplies matrices. Which is faster depends on N / k against the device's ratio of FLOPs to bytes
 (a dense product does N / k times the arithmetic of a sparse one, and reads memory far better).
 
 Record behind the defaults (medians, float32, jax 0.10.2, 2-core CPU, B = 2048, k = 32):
 
-| primitive | N = 2048, D = 192: gather / dense | N = 4096, D = 192 |
+| primitive | N = 2048, D = 192: gather / reference | N = 4096, D = 192 |
 |-----------|-----------------------------------|-------------------|
 | combine   | 1.0 / 9.2 ms                      | 1.5 / 28 ms       |
 | dots      | 2.9 / 9.3 ms                      | 5.8 / 50 ms       |
@@ -21,7 +21,7 @@ Record behind the defaults (medians, float32, jax 0.10.2, 2-core CPU, B = 2048, 
 
 A whole training step (encoder, selection, decoder, both gradients, Adam; no AuxK) took 50 ms at N = 2048 and 83 ms at
 N = 4096 with ``gather`` (medians, D = 192); in CPU time of the trainer's own step, on a busy machine, 87 against 185 ms
-with ``dense`` at N = 2048 and 172 against 341 ms at N = 4096.
+with ``reference`` at N = 2048 and 172 against 341 ms at N = 4096.
 
 The ratio falls with N / k and crosses near 20: ``gather`` on CPU from N / k = 16. On accelerators nothing has been
 measured; the roofline puts the crossing at N / k of 150 to 600 (nominal balance of A100 to TPU v6e), and 256 is taken.
@@ -35,16 +35,16 @@ from jaxtyping import Array, Float, Int
 
 from dlmscope_jax.errors import UserError
 
-from . import dense, gather
+from . import gather, reference
 
-IMPLEMENTATIONS = {"gather": gather, "dense": dense}
+IMPLEMENTATIONS = {"gather": gather, "reference": reference}
 _GATHER_FROM_RATIO = {"cpu": 16}
 _GATHER_FROM_RATIO_ELSEWHERE = 256
 
 
 def default_implementation(width: int, k: int, platform: str) -> str:
     """The implementation taken when none is named, for ``k`` of ``width`` latents on ``platform``."""
-    return "gather" if width >= k * _GATHER_FROM_RATIO.get(platform, _GATHER_FROM_RATIO_ELSEWHERE) else "dense"
+    return "gather" if width >= k * _GATHER_FROM_RATIO.get(platform, _GATHER_FROM_RATIO_ELSEWHERE) else "reference"
 
 
 def _named(implementation: str | None, width: int, k: int) -> str:
@@ -80,7 +80,7 @@ def decode(
     Args:
       values, indices: the code; an index may occur twice in a row, its values then add.
       weight: one latent a row.
-      implementation: ``"gather"`` or ``"dense"``; None picks by platform and N / k.
+      implementation: ``"gather"`` or ``"reference"``; None picks by platform and N / k.
 
     Raises:
       UserError: an implementation that is unknown.

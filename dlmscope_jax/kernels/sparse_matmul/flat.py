@@ -1,13 +1,13 @@
 """Products of flat-sparse codes (BatchTopK, Matryoshka): M pairs (row, latent) of a batch, in any order.
 
 ``combine`` and ``dots`` exist twice, as for row-sparse codes: ``gather`` takes a chunk of pairs at a time, so that the temporary is
-[chunk, D] and never [M, D], and adds it to the result by a scatter; ``dense`` writes the code out and multiplies matrices. On CPU both
+[chunk, D] and never [M, D], and adds it to the result by a scatter; ``reference`` writes the code out and multiplies matrices. On CPU both
 add in a fixed order.
 
 Record (medians of CPU time on a busy machine, float32, jax 0.10.2, 2-core CPU, B = N = 2048, D = 192, M = k B pairs in row order; ``outer``
 is ``combine`` with rows and latents exchanged, the gradient of the matrix):
 
-| primitive | k = 32: gather / dense | k = 128    | k = 256    |
+| primitive | k = 32: gather / reference | k = 128    | k = 256    |
 |-----------|------------------------|------------|------------|
 | combine   | 3 / 18 ms              | 12 / 18 ms | 24 / 19 ms |
 | outer     | 3 / 19 ms              | 11 / 21 ms | 18 / 24 ms |
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dlmscope_jax.errors import UserError
-from dlmscope_jax.kernels import sparse
+from dlmscope_jax.kernels import sparse_matmul
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 _CHUNK = 2048
@@ -67,7 +67,7 @@ def _dots_dense(left: Array, rows: Array, latents: Array, weight: Array) -> Arra
     return jnp.matmul(left, weight.T, precision=_HIGHEST)[rows, latents]
 
 
-IMPLEMENTATIONS = {"gather": (_combine_gather, _dots_gather), "dense": (_combine_dense, _dots_dense)}
+IMPLEMENTATIONS = {"gather": (_combine_gather, _dots_gather), "reference": (_combine_dense, _dots_dense)}
 
 
 def combine(values: Array, rows: Array, latents: Array, weight: Array, n_rows: int, implementation: str = "gather") -> Array:
@@ -83,8 +83,8 @@ def dots(left: Array, rows: Array, latents: Array, weight: Array, implementation
 def default_implementation(width: int, pairs: int, n_rows: int, platform: str) -> str:
     """The implementation taken when none is named, for ``pairs`` entries of a code [n_rows, width] on ``platform``."""
     if platform == "cpu":
-        return "gather" if width * n_rows >= pairs * _GATHER_FROM_RATIO_CPU else "dense"
-    return sparse.default_implementation(width, -(-pairs // n_rows), platform)
+        return "gather" if width * n_rows >= pairs * _GATHER_FROM_RATIO_CPU else "reference"
+    return sparse_matmul.default_implementation(width, -(-pairs // n_rows), platform)
 
 
 def _named(implementation: str | None, width: int, pairs: int, n_rows: int) -> str:
@@ -124,7 +124,7 @@ def decode_flat(
 
     Args:
       n_rows: B; a row without a pair is 0.
-      implementation: ``"gather"`` or ``"dense"``; None picks by platform and N B / M.
+      implementation: ``"gather"`` or ``"reference"``; None picks by platform and N B / M.
 
     Raises:
       UserError: an implementation that is unknown.
