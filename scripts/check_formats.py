@@ -7,7 +7,7 @@ case and fails above 1e-5 of the largest value.
 
     .venv/bin/python scripts/check_formats.py [saelens] [sparsify] [dictionary_learning]
 
-Makes an environment of its own, .venv-formats, with torch 2.13.0 and the three libraries (2 GB of disk, some minutes).
+Makes an environment of its own, .venv-peers (scripts/peers.py).
 """
 
 import argparse
@@ -17,34 +17,16 @@ import subprocess
 import sys
 import tempfile
 import types
-import venv
 from dataclasses import MISSING, fields
 from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-TORCH, SAELENS, SPARSIFY, LEARNING = "torch==2.13.0", "sae-lens==6.54.12", "eai-sparsify==1.3.3", "dictionary-learning==0.1.0"
+from peers import python_of_peers
+
 FORMATS = ("saelens", "sparsify", "dictionary_learning")
 D, N, K, OUT = 16, 96, 6, 8
 TOLERANCE = 1e-5
-
-
-def environment() -> Path:
-    """The python of an environment that has the three libraries; torch comes first, so that nothing asks for another one."""
-    folder = ROOT / ".venv-formats"
-    python = folder / "bin" / "python"
-    if not python.exists():
-        venv.create(folder, with_pip=True)
-    check = "import importlib.metadata as m; [m.version(n) for n in ('sae-lens', 'eai-sparsify', 'dictionary-learning')]"
-    if subprocess.run([python, "-c", check], capture_output=True).returncode:
-        pip = [python, "-m", "pip", "install", "-qq"]
-        subprocess.run([*pip, TORCH], check=True)
-        (folder / "constraints.txt").write_text(TORCH + "\n")
-        subprocess.run([*pip, "--constraint", folder / "constraints.txt", SAELENS, SPARSIFY], check=True)
-        # its declared dependencies are those of language models and another torch; its dictionaries need none
-        subprocess.run([*pip, "--no-deps", LEARNING], check=True)
-    return python
 
 
 # --- ours, in this package's environment
@@ -299,7 +281,7 @@ def main() -> None:
         parser.error(f"{wrong[0]!r} is not one of {', '.join(FORMATS)}")
     if given.peer:
         return peer(given.peer, given.formats)
-    python = environment()
+    python = python_of_peers()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         np.save(folder / "x.npy", np.random.default_rng(0).normal(size=(32, D)).astype(np.float32))

@@ -9,8 +9,7 @@ gives. The mean of the paired differences must not lie more than two standard er
 
     .venv/bin/python scripts/compare_peers.py [--steps 2000] [--world independent] [--rows FILE.npy] [--json FILE]
 
-Makes an environment of its own, .venv-peers, with torch 2.13.0 and dictionary-learning 0.1.0 (1 GB of disk, more where pip's torch
-is the one for GPUs).
+Makes an environment of its own, .venv-peers (scripts/peers.py).
 """
 
 import argparse
@@ -23,13 +22,12 @@ import sys
 import tempfile
 import time
 import types
-import venv
 from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-TORCH, PEER = "torch==2.13.0", "dictionary-learning==0.1.0"
+from peers import LEARNING, python_of_peers
+
 RATES, SEEDS, KINDS = (5e-4, 1e-3, 2e-3), (0, 1, 2), ("topk", "batch_topk")
 SIDES = ("ours", "peer")
 HELD_OUT = 16384  # rows on which a rate is chosen, and as many on which it is scored
@@ -145,21 +143,6 @@ def train_peer(folder: Path, settings: dict) -> list[dict]:
     return found
 
 
-def peer_python() -> Path:
-    """The interpreter of the peer's environment, made where it is not there."""
-    folder = ROOT / ".venv-peers"
-    python = folder / "bin" / "python"
-    if not python.exists():
-        venv.create(folder, with_pip=True)
-    check = "import torch, einops, numpy, importlib.util as u; assert u.find_spec('dictionary_learning')"
-    if subprocess.run([python, "-c", check], capture_output=True).returncode:
-        pip = [python, "-m", "pip", "install", "--quiet"]
-        # without --no-deps it would bring language models, wandb and plotly; its trainers need none of them
-        subprocess.run([*pip, TORCH, "numpy", "einops"], check=True)
-        subprocess.run([*pip, "--no-deps", PEER], check=True)
-    return python
-
-
 def compare(found: list[dict], kind: str) -> dict:
     """Each side at its best rate, paired by seed."""
     best: dict[str, dict] = {}
@@ -203,7 +186,7 @@ def main() -> None:
         parser.error("--seeds: a standard error needs at least two")
     settings = {name: getattr(given, name) for name in ("steps", "batch_size", "width", "k", "world", "rows", "kinds", "rates", "seeds")}
     settings |= {"warmup": given.steps // 20, "decay_start": 0.8, "dead_rows": 40 * given.batch_size}
-    python = peer_python()
+    python = python_of_peers()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_rows(folder, settings)
@@ -214,7 +197,7 @@ def main() -> None:
         found = train_ours(folder, settings) + json.loads((folder / "peer.json").read_text())
         seconds = {"peer": middle - begun, "ours": time.perf_counter() - middle}
     tables = [compare(found, kind) for kind in given.kinds]
-    print(f"{given.steps} steps of {given.batch_size} rows, width {given.width}, k {given.k}; {PEER}; rates {given.rates}")
+    print(f"{given.steps} steps of {given.batch_size} rows, width {given.width}, k {given.k}; {LEARNING}; rates {given.rates}")
     for table in tables:
         print(f"\n{table['kind']:<12}{'lr':>8}{'L0':>8}  explained variance by seed")
         for side in SIDES:

@@ -81,7 +81,7 @@ def test_explained_variance_is_not_below_dictionary_learnings(tmp_path):
 @pytest.mark.torch
 def test_files_mean_the_same_to_the_libraries_whose_formats_they_are():
     """Both ways, activations and outputs to 1e-5; where its environment is not there, scripts/check_formats.py makes it."""
-    if not (ROOT / ".venv-formats" / "bin" / "python").exists():
+    if not (ROOT / ".venv-peers" / "bin" / "python").exists():
         pytest.skip("scripts/check_formats.py was not run here: it makes the environment of its peers")
     done = subprocess.run([sys.executable, ROOT / "scripts" / "check_formats.py"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
