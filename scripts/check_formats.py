@@ -21,7 +21,6 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 import numpy as np
-
 from peers import python_of_peers
 
 FORMATS = ("saelens", "sparsify", "dictionary_learning")

@@ -25,7 +25,6 @@ import types
 from pathlib import Path
 
 import numpy as np
-
 from peers import LEARNING, python_of_peers
 
 RATES, SEEDS, KINDS = (5e-4, 1e-3, 2e-3), (0, 1, 2), ("topk", "batch_topk")
