@@ -109,7 +109,7 @@ def forget_programs() -> Iterator[None]:
         gc.collect()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_with_devices() -> Callable[..., str]:
     """Runs a script in a process of its own with so many virtual CPU devices, and returns what it printed.
 

@@ -1,0 +1,172 @@
+"""What a compiled program moves between devices and what it sorts, read from its optimised HLO text (``compiled.as_text()``).
+
+A search for the shape of an all-gather is not enough: a permute, a sum of arrays padded with zeros, or a small collective in a
+loop moves as much. So every collective is found, in every computation that the entry reaches, with the bytes of its operands
+and how often the loops around it run it.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+MOVERS = (
+    "all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute", "ragged-all-to-all", "reduce-scatter", "send",
+)  # fmt: skip
+
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=\s]*)\]")
+_BITS = re.compile(r"(?:bf|f|s|u|c)(\d+)")
+_NAME = re.compile(r"%([\w.\-]+)")
+_HEADER = re.compile(r"^(ENTRY\s+)?%?([\w.\-]+)\s+\(.*->.*\{\s*$")
+_RESULT = re.compile(r"^\s+(?:ROOT\s+)?%?([\w.\-]+) = ")
+_CALLED = re.compile(r"\b(\w+)=(?:%([\w.\-]+)|\{(%[^}]*)\})")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+class Collective(NamedTuple):
+    """One collective: its operation without ``-start``, the bytes of its operands on one device, how often it runs."""
+
+    op: str
+    operand_bytes: int
+    trips: int
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of a computation: what it gives (its type as text), what it does, to what, and the rest of the line."""
+
+    result: str
+    op: str
+    operands: str
+    attributes: str
+
+    @cached_property
+    def called(self) -> tuple[tuple[str, str], ...]:
+        """(attribute, computation) for each computation that it names; the end of an asynchronous pair calls nothing."""
+        if self.op.endswith(("-done", "-update")):
+            return ()
+        plain = re.sub(r'"[^"]*"', "", self.attributes)
+        return tuple((m[1], name) for m in _CALLED.finditer(plain) if m[1] != "predecessors" for name in _NAME.findall(m[0]))
+
+
+def collectives(text: str) -> list[Collective]:
+    """Every collective that the entry reaches, in no particular order; its operands are counted once where it has two halves.
+
+    Raises:
+      ValueError: a collective in a loop whose trip count the compiler did not know, or a type of unknown size.
+    """
+    entry, computations = _parsed(text)
+    moves = {}
+
+    def has_any(name: str) -> bool:
+        if name not in moves:
+            moves[name] = False
+            lines = computations.get(name, {}).values()
+            moves[name] = any(_mover(i) or any(has_any(inner) for _, inner in i.called) for i in lines)
+        return moves[name]
+
+    def walk(name: str, trips: int) -> Iterator[Collective]:
+        for line in computations.get(name, {}).values():
+            if op := _mover(line):
+                yield Collective(op, _bytes(_operand_types(line, computations[name])), trips)
+            for role, inner in line.called:
+                if not has_any(inner):
+                    continue
+                times = trips
+                if line.op == "while":
+                    known = _TRIPS.search(line.attributes)
+                    if known is None:
+                        raise ValueError(f"a loop of unknown trip count holds a collective (its {role} is {inner})")
+                    times *= int(known[1]) + (role == "condition")
+                yield from walk(inner, times)
+
+    return list(walk(entry, 1))
+
+
+def moved(text: str) -> int:
+    """Bytes that one device gives to collectives in one run of the program."""
+    return sum(c.operand_bytes * c.trips for c in collectives(text))
+
+
+def sorts(text: str) -> list[int]:
+    """For each sort and each top-k, an operation or a library's, how many entries are sorted against each other."""
+    lengths = []
+    for lines in _parsed(text)[1].values():
+        for line in lines.values():
+            target = re.search(r'custom_call_target="([^"]*)"', line.attributes)
+            if line.op == "sort":
+                along = int(re.search(r"dimensions=\{(\d+)\}", line.attributes)[1])
+            elif line.op == "topk" or line.op == "custom-call" and re.search("topk|sort", target[1], re.IGNORECASE):
+                along = -1
+            else:
+                continue
+            lengths.append(_dims(_ARRAY.search(_operand_types(line, lines))[2])[along])
+    return lengths
+
+
+def _mover(line: Instruction) -> str | None:
+    """The collective that it begins, unless every device is alone in its group."""
+    op = line.op.removesuffix("-start")
+    if op not in MOVERS:
+        return None
+    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", line.attributes)
+    groups = [set(group.split(",")) for group in re.findall(r"\{([\d,]+)\}", listed[1])] if listed else []
+    alone = groups and all(len(group) == 1 for group in groups) or re.search(r"replica_groups=\[\d+,1\]<=", line.attributes)
+    return None if alone else op
+
+
+def _parsed(text: str) -> tuple[str, dict[str, dict[str, Instruction]]]:
+    """The entry's name, and computations as instructions by name."""
+    entry, computations, current = "", {}, {}
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            current = computations[header[2]] = {}
+            entry = header[2] if header[1] else entry
+        elif result := _RESULT.match(line):
+            current[result[1]] = _instruction(line[result.end() :])
+    if not entry:
+        raise ValueError("no entry: this is not the text of a compiled program")
+    return entry, computations
+
+
+def _instruction(line: str) -> Instruction:
+    """``TYPE op(OPERANDS), ATTRIBUTES``; the type may be a tuple, and layouts hold parentheses."""
+    end = _closing(line, 0) if line.startswith("(") else line.index(" ")
+    opening = line.index("(", end)
+    closing = _closing(line, opening)
+    return Instruction(line[:end], line[end:opening].strip(), line[opening + 1 : closing - 1], line[closing:])
+
+
+def _closing(text: str, start: int) -> int:
+    """Just after the parenthesis that closes the one at ``start``."""
+    depth = 0
+    for place in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[place], 0)
+        if depth == 0:
+            return place + 1
+    raise ValueError(f"no closing parenthesis: {text[start : start + 80]}")
+
+
+def _operand_types(line: Instruction, computation: dict[str, Instruction]) -> str:
+    """The types of the operands, from where they are made: not every compiler repeats them."""
+    return ", ".join(computation[name].result for name in _NAME.findall(line.operands))
+
+
+def _dims(dims: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", dims)]
+
+
+def _bytes(types: str) -> int:
+    return sum(-(-math.prod(_dims(dims)) * _bits(dtype) // 8) for dtype, dims in _ARRAY.findall(types))
+
+
+def _bits(dtype: str) -> int:
+    if dtype in ("token", "opaque"):
+        return 0
+    if dtype == "pred":
+        return 8
+    if bits := _BITS.match(dtype):
+        return int(bits[1])
+    raise ValueError(f"a type of unknown size: {dtype}")
