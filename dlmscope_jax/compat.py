@@ -24,6 +24,16 @@ def triton_params(warps: int, stages: int) -> Any:
     return triton.CompilerParams(num_warps=warps, num_stages=stages)
 
 
+def varying(*arrays: jax.Array) -> frozenset[str]:
+    """The mesh axes that one of the arrays varies over, inside ``shard_map``; none outside of it."""
+    return frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
+
+
+def result(shape: tuple[int, ...], dtype: Any, *like: jax.Array) -> jax.ShapeDtypeStruct:
+    """``out_shape`` of a ``pallas_call`` whose result varies over the mesh axes that one of ``like`` varies over."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=varying(*like)))
+
+
 def lower_for(platform: str, fn: Callable, *args: Any) -> jax.stages.Lowered:
     """``fn(*args)`` lowered for ``"cpu"``, ``"tpu"`` or ``"cuda"``, none of which need be here; arguments may be shapes.
 

@@ -12,9 +12,9 @@ Algorithm, for rows of N entries as integer keys in the total order of the float
 count over the registers, and the search ends early once exactly k keys are left. One prefix sum, in which the keys above the k-th and those
 equal to it are counted in the two halves of a word, gives every winner its place: no atomics, nothing depends on timing.
 
-Memory traffic of a row, in entries: N read, N / g written and read, g k gathered (64 bytes at a time at g = 16, float32), 2 k written and read
-three times. At N = 16384, k = 32, g = 16: 1.2 N. Nothing of it depends on the data; only the number of counts in steps 2 and 3 does, at most
-32 (16 in half precision).
+Memory traffic of a row, in entries: N read, N / g written and read, g k gathered (64 bytes at a time at g = 16, float32), and a few
+times k. At N = 16384, k = 32, g = 16: 1.2 N. None of it depends on the data; the number of counts in steps 2 and 3 does, and is
+at most 32 (16 in half precision).
 
 Range: float32, bfloat16, float16; k up to 1,024; N up to 2^22; any number of rows. Outside of it, ``refuses`` says why.
 
@@ -29,7 +29,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from dlmscope_jax.compat import triton_params
+from dlmscope_jax.compat import result, triton_params
 
 from .. import keys
 from ..dispatch import Problem
@@ -109,7 +109,7 @@ def _maxima(x: Array, g: int, interpret: bool) -> Array:
     return pl.pallas_call(
         kernel,
         grid=(b, pl.cdiv(n, _TILE)),
-        out_shape=jax.ShapeDtypeStruct((b, m), dtype),
+        out_shape=result((b, m), dtype, x),
         compiler_params=triton_params(4, 1),
         interpret=interpret,
         name="topk_maxima",
@@ -171,7 +171,7 @@ def _select(x: Array, groups: Array | None, g: int, k: int, interpret: bool) -> 
     return pl.pallas_call(
         kernel,
         grid=(b,),
-        out_shape=(jax.ShapeDtypeStruct((b, k), dtype), jax.ShapeDtypeStruct((b, k), jnp.int32)),
+        out_shape=(result((b, k), dtype, x), result((b, k), jnp.int32, x)),
         compiler_params=triton_params(max(1, min(16, held // 512)), 1),
         interpret=interpret,
         name="topk_select",
@@ -204,7 +204,7 @@ def _order(key: Array, index: Array, interpret: bool) -> tuple[Array, Array]:
     return pl.pallas_call(
         kernel,
         grid=(b,),
-        out_shape=(jax.ShapeDtypeStruct((b, k), key.dtype), jax.ShapeDtypeStruct((b, k), jnp.int32)),
+        out_shape=(result((b, k), key.dtype, key), result((b, k), jnp.int32, key)),
         compiler_params=triton_params(max(1, min(8, held * columns // 512)), 1),
         interpret=interpret,
         name="topk_order",
