@@ -11,7 +11,7 @@ Platforms are named as ``jax.lax.platform_dependent`` names them: ``"cpu"``, ``"
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -79,12 +79,8 @@ def run(op: str, table: Table, default: Default, problem: Problem, name: str | N
     """
     if name is not None:
         check(op, table, problem, name)
-        return _call(op, table, name, static, *args)
-    choice = {platform: default(problem, platform) for platform in PLATFORMS}
-    if len(set(choice.values())) == 1:
-        return _call(op, table, choice["cpu"], static, *args)
-    branches = {platform: partial(_call, op, table, chosen, static) for platform, chosen in choice.items()}
-    return jax.lax.platform_dependent(*args, default=branches["cpu"], **branches)
+    chosen = tuple(name or default(problem, platform) for platform in PLATFORMS)
+    return _program(op, chosen, tuple(table[one].run for one in chosen), tuple(sorted(static.items())))(*args)
 
 
 def check(op: str, table: Table, problem: Problem, name: str) -> None:
@@ -98,9 +94,23 @@ def check(op: str, table: Table, problem: Problem, name: str) -> None:
         raise UserError(f"{op}: {name!r} {reason}: use {' or '.join(can) or 'another platform'}")
 
 
-def _call(op: str, table: Table, name: str, static: dict[str, Any], *args: Any) -> Any:
-    with jax.named_scope(f"dlmscope.{op}.{name}"):
-        return table[name].run(*args, **static)
+@cache
+def _program(op: str, names: tuple[str, ...], runs: tuple[Callable, ...], static: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    """The implementations chosen for ``PLATFORMS``. Compiled as one, so that what other platforms would run is traced once a shape."""
+
+    def on(name: str, run: Callable[..., Any], *args: Any) -> Any:
+        with jax.named_scope(f"dlmscope.{op}.{name}"):
+            return run(*args, **dict(static))
+
+    branches = [partial(on, name, run) for name, run in zip(names, runs, strict=True)]
+
+    def program(*args: Any) -> Any:
+        if len(set(names)) == 1:
+            return branches[0](*args)
+        return jax.lax.platform_dependent(*args, default=branches[0], **dict(zip(PLATFORMS, branches, strict=True)))
+
+    program.__name__ = op
+    return jax.jit(program)
 
 
 def ran(fn: Callable[..., Any], *args: Any, platform: str | None = None) -> set[str]:

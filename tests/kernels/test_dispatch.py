@@ -35,6 +35,10 @@ def by_platform(problem, platform):
     return "tpu_only" if platform == "tpu" else "wide" if problem.width >= 4 else "plain"
 
 
+def same_everywhere(problem, platform):
+    return "plain"
+
+
 def op(x, name=None, default=by_platform):
     return dispatch.run("op", TABLE, default, Problem(x.shape[0], x.shape[1], 1, dtype=x.dtype), name, x, factor=10.0)
 
@@ -76,7 +80,7 @@ def test_the_platform_that_a_program_is_lowered_for_decides(platform, name):
 
 
 def test_one_choice_for_all_platforms_is_a_plain_call():
-    text = str(jax.make_jaxpr(partial(op, default=lambda problem, platform: "plain"))(ONES))
+    text = str(jax.make_jaxpr(partial(op, default=same_everywhere))(ONES))
     assert "platform_index" not in text and "cond" not in text
     assert "platform_index" in str(jax.make_jaxpr(op)(ONES))
 
@@ -90,6 +94,24 @@ def test_under_vmap_and_grad_and_in_loops():
 
     np.testing.assert_allclose(jax.jit(loop)(ONES), np.sin(np.sin(ONES) * 20) * 20, rtol=1e-4)
     assert ran(jax.grad(lambda x: loop(x).sum() + op(x, "plain").sum()), ONES) == {"op.wide", "op.plain"}
+
+
+def test_what_other_platforms_would_run_is_traced_once():
+    traced = []
+
+    def count(x, factor):
+        traced.append(x.shape)
+        return x * factor
+
+    table = TABLE | {"tpu_only": Implementation(count)}
+
+    def again(x):
+        return dispatch.run("op", table, by_platform, Problem(*x.shape, 1), None, x, factor=10.0)
+
+    for _ in range(3):
+        again(ONES)
+        jax.jit(lambda x: again(x) + 1)(ONES)
+    assert traced == [ONES.shape]
 
 
 def test_a_program_without_operations_holds_none():
