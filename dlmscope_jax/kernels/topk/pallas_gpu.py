@@ -149,8 +149,8 @@ def _select(x: Array, groups: Array | None, g: int, k: int, interpret: bool) -> 
         there = place < entries
         index = place
         if group_ref:
-            slot = jnp.where(there, place // g, 0)
-            index = plt.load(group_ref[0].at[row, slot], mask=there, other=0) * g + place % g
+            slot = jnp.where(there, jax.lax.div(place, g), 0)
+            index = plt.load(group_ref[0].at[row, slot], mask=there, other=0) * g + jax.lax.rem(place, g)
             there &= index < n
         x_here = plt.load(x_ref.at[row, jnp.where(there, index, 0)], mask=there)
         # what is not there ranks last: its key is the lowest, and its place is behind every entry with that key
