@@ -50,7 +50,9 @@ def same(compiled, x, k):
 
 
 @settings(max_examples=60, deadline=None)
-@given(case=st.sampled_from(CASES), seed=st.integers(0, 2**31), kind=st.sampled_from(["normal", "special", "equal", "descending"]))
+@given(
+    case=st.sampled_from(CASES), seed=st.integers(0, 2**31), kind=st.sampled_from(["normal", "special", "equal", "descending", "ascending"])
+)
 def test_topk_equals_lax_top_k(compiled, case, seed, kind):
     shape, k, dtype = case
     rng = np.random.default_rng(seed)
@@ -58,7 +60,8 @@ def test_topk_equals_lax_top_k(compiled, case, seed, kind):
         "normal": lambda: rng.normal(size=shape),
         "special": lambda: SPECIAL[rng.integers(0, len(SPECIAL), shape)],
         "equal": lambda: np.full(shape, SPECIAL[seed % len(SPECIAL)]),
-        "descending": lambda: np.broadcast_to(-np.arange(shape[1]) // 2, shape),  # the groups of the first entries hold all winners
+        "descending": lambda: np.broadcast_to(-np.arange(shape[1]) // 2, shape),  # all winners in the first groups
+        "ascending": lambda: np.broadcast_to(np.arange(shape[1]), shape),  # and in the last, which may not be whole
     }[kind]()
     same(compiled, jnp.asarray(x, jnp.float32).astype(dtype), k)
 
@@ -67,6 +70,18 @@ def test_padding_ranks_behind_the_lowest_key_there_is(compiled):
     row = np.full((2, 700), -1, np.int32).view(np.float32)  # the NaN of all ones
     row[1, [3, 690]] = [-np.inf, -5.0]
     same(compiled, jnp.asarray(row), 3)
+
+
+@pytest.mark.parametrize("k", [1, 7, 40, 64])
+def test_every_winner_has_a_place_of_its_own(k):
+    """The interpreter writes in order and drops what is outside; a GPU does neither."""
+    for top in (2, 9, 1000):  # from many ties to few
+        key = jnp.asarray(np.random.default_rng(top).integers(0, top, 64), jnp.int32)
+        kept, to = selection._places(key, selection._bound(key, k, 32), k)
+        np.testing.assert_array_equal(np.asarray(to)[np.asarray(kept)], np.arange(k))
+        assert (np.asarray(to)[~np.asarray(kept)] == k).all()
+        best = np.sort(np.argsort(-np.asarray(key), kind="stable")[:k])
+        np.testing.assert_array_equal(np.flatnonzero(kept), best)
 
 
 def test_what_a_row_is_cut_into():

@@ -21,8 +21,6 @@ Range: float32, bfloat16, float16; k up to 1,024; N up to 2^22; any number of ro
 Not measured: no such device was at hand. Held against ``lax.top_k`` in Pallas' interpreter and compiled ahead of time for an H200.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -116,22 +114,33 @@ def _maxima(x: Array, g: int, interpret: bool) -> Array:
     )(x)
 
 
-def _kth(key: Array, k: int, bits: int) -> tuple[Array, Array]:
-    """The k-th largest of signed keys, and how many are as large; or a lower bound that exactly k reach."""
+def _bound(key: Array, k: int, bits: int) -> Array:
+    """The k-th largest of signed keys, or a smaller number that exactly k of them reach."""
 
     def unfinished(state):
         bit, _, reached = state
         return (bit >= 0) & (reached != k)
 
     def step(state):
-        bit, bound, reached = state
+        bit, bound, _ = state
         higher = bound + (jnp.int32(1) << bit)  # wraps round to 0 at the sign bit
-        n = (key >= higher).astype(jnp.int32).sum()
-        return bit - 1, jnp.where(n >= k, higher, bound), jnp.where(n >= k, n, reached)
+        reached = (key >= higher).astype(jnp.int32).sum()
+        return bit - 1, jnp.where(reached >= k, higher, bound), reached
 
-    start = jnp.int32(bits - 1), jnp.int32(-(2 ** (bits - 1))), jnp.int32(math.prod(key.shape))
-    _, bound, reached = jax.lax.while_loop(unfinished, step, start)
-    return bound, reached
+    start = jnp.int32(bits - 1), jnp.int32(-(2 ** (bits - 1))), jnp.int32(key.size)
+    return jax.lax.while_loop(unfinished, step, start)[1]
+
+
+def _places(key: Array, bound: Array, k: int) -> tuple[Array, Array]:
+    """Which keys are the k largest, of equal ones the first, and their places among them; k for the others."""
+    above = (key > bound).astype(jnp.int32)
+    equal = (key == bound).astype(jnp.int32)
+    wanted = k - above.sum()  # of those equal to the bound; all of them where exactly k reach it
+    own = above + (equal << 16)  # both are counted in one sum, in the halves of a word
+    before = jnp.cumsum(own, axis=0) - own
+    before_equal = before >> 16
+    kept = (above > 0) | ((equal > 0) & (before_equal < wanted))
+    return kept, jnp.where(kept, (before & 0xFFFF) + jnp.minimum(before_equal, wanted), k)
 
 
 def _select(x: Array, groups: Array | None, g: int, k: int, interpret: bool) -> tuple[Array, Array]:
@@ -155,15 +164,8 @@ def _select(x: Array, groups: Array | None, g: int, k: int, interpret: bool) -> 
         x_here = plt.load(x_ref.at[row, jnp.where(there, index, 0)], mask=there)
         # what is not there ranks last: its key is the lowest, and its place is behind every entry with that key
         key = jnp.where(there, _key(x_here).astype(jnp.int32), lowest)
-        bound, reached = _kth(key, k, keys.bits(x.dtype))
-        above = (key > bound).astype(jnp.int32)
-        equal = (key == bound).astype(jnp.int32)
-        wanted = k - above.sum()  # of those equal to the bound; all of them where exactly k reach it
-        own = above + (equal << 16)
-        before = jnp.cumsum(own, axis=0) - own
-        before_equal = before >> 16
-        kept = (above > 0) | ((equal > 0) & (before_equal < wanted))
-        to = jnp.where(kept, (before & 0xFFFF) + jnp.minimum(before_equal, wanted), k)
+        bound = _bound(key, k, keys.bits(x.dtype))
+        kept, to = _places(key, bound, k)
         plt.store(key_ref.at[row, to], key.astype(dtype), mask=kept)
         plt.store(index_ref.at[row, to], index, mask=kept)
 

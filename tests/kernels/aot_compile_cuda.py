@@ -1,0 +1,67 @@
+"""Compiles the kernels for an NVIDIA H200 that is not here, and prints what came out. Run by test_aot_cuda.py.
+
+python aot_compile_cuda.py B D N K DTYPE      prints one line of JSON a program
+"""
+
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from programs import sorts
+
+from dlmscope_jax.compat import lower_for
+from dlmscope_jax.kernels.sparse_matmul import pallas_gpu as sparse
+from dlmscope_jax.kernels.topk import grouped
+from dlmscope_jax.kernels.topk import pallas_gpu as selection
+
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 150000000000 shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } device_description_str: "NVIDIA H200"
+"""
+
+
+def programs(b: int, d: int, n: int, k: int, dtype: str) -> dict[str, tuple[Callable, ...]]:
+    """Functions and the shapes and dtypes of their arguments, by name."""
+    sharding = jax.sharding.SingleDeviceSharding(topologies.get_topology_desc("", "cuda", target_config=H200, topology="1x1x1").devices[0])
+
+    def array(*shape: int, dtype: str = dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    values, indices = array(b, k, dtype="float32"), array(b, k, dtype="int32")
+    flat = array(b * k, dtype="float32"), array(b * k, dtype="int32"), array(b * k, dtype="int32")
+    return {
+        "lax.top_k": (lambda x: jax.lax.top_k(x, k), array(b, n)),
+        "topk grouped": (lambda x: grouped.topk(x, k), array(b, n)),
+        "topk": (lambda x: selection.topk(x, k), array(b, n)),
+        "combine": (sparse.combine, values, indices, array(n, d)),
+        "dots": (sparse.dots, array(b, d), indices, array(n, d)),
+        "outer": (lambda *a: sparse.outer(*a, n), values, indices, array(b, d)),
+        "combine_flat": (lambda *a: sparse.combine_flat(*a, b), *flat, array(n, d)),
+        "dots_flat": (sparse.dots_flat, array(b, d), *flat[1:], array(n, d)),
+    }
+
+
+def main(*arguments: str) -> None:
+    for name, (fn, *args) in programs(*map(int, arguments[:4]), arguments[4]).items():
+        started = time.perf_counter()
+        compiled = lower_for("cuda", fn, *args).compile()
+        text, memory = compiled.as_text(), compiled.memory_analysis()
+        report = {"name": name, "seconds": time.perf_counter() - started, "sorts": sorts(text), "temporary": memory.temp_size_in_bytes}
+        report["kernels"] = len(re.findall(r'custom_call_target="__gpu\$xla.gpu.triton"|kind":"__triton"', text))
+        print(json.dumps(report), flush=True)
+
+
+if __name__ == "__main__":
+    jnp.zeros(0)  # the CPU, before the compiler of a GPU is asked for
+    main(*sys.argv[1:])

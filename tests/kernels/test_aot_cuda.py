@@ -1,0 +1,44 @@
+"""The kernels for NVIDIA GPUs through the compiler of an H200 that is not here: they compile, and no sort of a whole row is left."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("jax_cuda13_plugin") is None,
+        reason="CUDA's compiler is not installed: scripts/test --aot installs it and runs this",
+    ),
+]
+SIZES = [(2048, 768, 16384, 32, "float32"), (8192, 4096, 131072, 64, "bfloat16")]
+KERNELS = {"topk": 4, "combine": 1, "dots": 1, "outer": 2, "combine_flat": 2, "dots_flat": 1}
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_compiles_for_an_h200(size):
+    environment = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
+    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
+    command = [sys.executable, HERE / "aot_compile_cuda.py", *map(str, size)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    reports = {report["name"]: report for report in map(json.loads, done.stdout.splitlines())}
+    b, d, n, k, _ = size
+    print(f"\nB = {b}, D = {d}, N = {n}, k = {k}, {size[4]}, for an NVIDIA H200:")
+    for name, report in reports.items():
+        print(
+            f"  {name}: compiled in {report['seconds']:.1f} s, {report['kernels']} kernels of ours, "
+            f"sorts of {report['sorts'] or 'nothing'}, {report['temporary'] / 1e6:.1f} MB temporary"
+        )
+    assert reports["lax.top_k"]["sorts"] == [n]  # what all of this is for
+    assert not reports["topk"]["sorts"]
+    for name, kernels in KERNELS.items():
+        assert reports[name]["kernels"] == kernels, name
+    for name in ("combine", "dots", "dots_flat", "outer"):
+        assert reports[name]["temporary"] < b * k * d * 4 / 8, name  # no [B, k, D]
