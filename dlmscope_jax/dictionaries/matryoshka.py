@@ -12,8 +12,8 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dlmscope_jax import kernels
 from dlmscope_jax.errors import UserError
-from dlmscope_jax.kernels.sparse_matmul.flat import decode_prefixes
 
 from .base import RowNorm
 from .batch_topk import BatchTopK
@@ -67,7 +67,7 @@ class Matryoshka(BatchTopK):
         Measured beside it: ``prefix_<n>``, the squared error of each.
         """
         n_rows, nested = x.shape[0], self.nested
-        decoded = decode_prefixes(codes.values, codes.rows, codes.latents, params["W_dec"], n_rows, nested)
+        decoded = kernels.decode_prefixes(codes.values, codes.rows, codes.latents, params["W_dec"], n_rows, nested)
         residuals = target - self._without_latents(params, x) - decoded
         errors = [squared(residual) for residual in residuals]
         return jnp.stack(errors).mean(), residuals[-1], {f"prefix_{n}": error for n, error in zip(nested, errors, strict=True)}

@@ -6,8 +6,9 @@ dictionary and their gradients. A named implementation works or raises, none is 
 
 from .binarise import ESTIMATORS, binarise
 from .covariance import offdiagonal_covariance
-from .sparse_matmul import decode, preactivations, with_encoder_gradient
-from .sparse_matmul.flat import decode_flat, with_flat_encoder_gradient
+from .encode import encode_topk
+from .preactivations import preactivations
+from .sparse_matmul import decode, decode_flat, decode_prefixes, with_encoder_gradient, with_flat_encoder_gradient
 from .topk import topk
 from .topk.batch import topk_batch
 
@@ -16,6 +17,8 @@ __all__ = [
     "binarise",
     "decode",
     "decode_flat",
+    "decode_prefixes",
+    "encode_topk",
     "offdiagonal_covariance",
     "preactivations",
     "topk",

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from dlmscope_jax.errors import UserError
-from dlmscope_jax.kernels import decode_flat, preactivations, with_flat_encoder_gradient
-from dlmscope_jax.kernels.sparse_matmul import flat
-from dlmscope_jax.kernels.sparse_matmul.flat import IMPLEMENTATIONS, decode_prefixes
+from dlmscope_jax.kernels import decode_flat, decode_prefixes, preactivations, with_flat_encoder_gradient
+from dlmscope_jax.kernels.dispatch import Problem, ran
+from dlmscope_jax.kernels.sparse_matmul import gather, products
 
-NAMES = sorted(IMPLEMENTATIONS)
+NAMES = ["reference", "gather", "segments"]
 B, D, N, M = 7, 5, 24, 40
 PREFIXES = (2, 9, 24)
 
@@ -29,7 +29,7 @@ def case():
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(flat, "_CHUNK", 16)  # so that several chunks and a padded one occur
+    monkeypatch.setattr(gather, "_CHUNK", 16)  # so that several chunks and a padded one occur
 
 
 def close(got, want):
@@ -52,13 +52,14 @@ def test_decode_and_its_gradient(case, name):
     close(jax.grad(sparse, (0, 1))(case["values"], case["weight"]), jax.grad(dense, (0, 1))(case["values"], case["weight"]))
 
 
-def test_prefixes_and_their_gradient(case):
+@pytest.mark.parametrize("name", [None, *NAMES])
+def test_prefixes_and_their_gradient(case, name):
     def dense(values, weight):
         code = dense_code(case, values)
         return sum(((code[:, :n] @ weight[:n] - t) ** 2).sum() for n, t in zip(PREFIXES, case["targets"], strict=True))
 
     def sparse(values, weight):
-        return ((decode_prefixes(values, case["rows"], case["latents"], weight, B, PREFIXES) - case["targets"]) ** 2).sum()
+        return ((decode_prefixes(values, case["rows"], case["latents"], weight, B, PREFIXES, name) - case["targets"]) ** 2).sum()
 
     close(sparse(case["values"], case["weight"]), dense(case["values"], case["weight"]))
     close(jax.grad(sparse, (0, 1))(case["values"], case["weight"]), jax.grad(dense, (0, 1))(case["values"], case["weight"]))
@@ -98,7 +99,7 @@ def test_nothing_of_all_pairs_by_the_width_arises(case):
 
     def loss(values, weight):
         one = decode_flat(values, case["rows"], case["latents"], weight, B, "gather")
-        return (one**2).sum() + (decode_prefixes(values, case["rows"], case["latents"], weight, B, PREFIXES) ** 2).sum()
+        return (one**2).sum() + (decode_prefixes(values, case["rows"], case["latents"], weight, B, PREFIXES, "gather") ** 2).sum()
 
     text = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(case["values"], case["weight"]))
     assert f"f32[{len(case['values'])},{D}]" not in text and f"f32[{B},{N}]" not in text
@@ -110,8 +111,14 @@ def test_an_unknown_implementation(case):
         decode_flat(case["values"], case["rows"], case["latents"], case["weight"], B, "triton")
 
 
-def test_defaults_follow_the_ratio():
-    assert flat.default_implementation(2048, 64 * 128, 64, "cpu") == "gather"
-    assert flat.default_implementation(2048, 64 * 512, 64, "cpu") == "reference"
-    assert flat.default_implementation(16384, 64 * 80, 64, "gpu") == "reference"
-    assert flat.default_implementation(131072, 64 * 64, 64, "gpu") == "gather"
+def test_what_runs_follows_the_ratio():
+    assert products.sparse_wins(Problem(64, 2048, 128), "cpu", flat=True)
+    assert not products.sparse_wins(Problem(64, 2048, 512), "cpu", flat=True)
+    shapes = [jax.ShapeDtypeStruct(s, t) for s, t in (((128,), jnp.float32), ((128,), jnp.int32), ((16384, 2), jnp.float32))]
+
+    def gradient(values, places, weight):
+        return jax.value_and_grad(lambda v, w: (decode_flat(v, places, places, w, 2) ** 2).sum(), (0, 1))(values, weight)
+
+    assert ran(gradient, *shapes, platform="cpu") == {"combine_flat.gather", "dots_flat.gather"}
+    assert ran(gradient, *shapes, platform="cuda") == {"combine_flat.segments", "dots_flat.gather"}
+    assert "prefixes.sparse" in ran(lambda v, i, w: decode_prefixes(v, i, i, w, 2, (5, 16384)), *shapes)

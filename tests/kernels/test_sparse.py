@@ -7,9 +7,10 @@ import pytest
 
 from dlmscope_jax.errors import UserError
 from dlmscope_jax.kernels import decode, preactivations, topk, with_encoder_gradient
-from dlmscope_jax.kernels.sparse_matmul import IMPLEMENTATIONS, default_implementation
+from dlmscope_jax.kernels.dispatch import Problem, ran
+from dlmscope_jax.kernels.sparse_matmul import products
 
-NAMES = sorted(IMPLEMENTATIONS)
+NAMES = ["reference", "gather", "segments"]
 B, D, N, K = 7, 5, 24, 4
 
 
@@ -76,13 +77,38 @@ def test_the_sparse_gradient_has_no_dense_code(case):
     assert f"f32[{B},{K},{D}]" not in text
 
 
-def test_defaults_follow_the_ratio():
-    assert default_implementation(2048, 32, "cpu") == "gather"
-    assert default_implementation(2048, 256, "cpu") == "reference"
-    assert default_implementation(16384, 80, "gpu") == "reference"
-    assert default_implementation(131072, 64, "gpu") == "gather"
+@pytest.mark.parametrize(
+    ("width", "k", "want"),
+    [
+        (
+            2048,
+            32,
+            {"cpu": {"combine.gather", "dots.gather", "outer.gather"}, "tpu": {"combine.reference", "dots.reference", "outer.reference"}},
+        ),
+        (2048, 256, {"cpu": {"combine.reference", "dots.reference", "outer.reference"}}),
+        (
+            16384,
+            64,
+            {"cuda": {"combine.gather", "dots.gather", "outer.segments"}, "tpu": {"combine.gather", "dots.gather", "outer.segments"}},
+        ),
+    ],
+)
+def test_what_runs_follows_the_ratio(width, k, want):
+    shapes = [jax.ShapeDtypeStruct(s, t) for s, t in (((3, k), jnp.float32), ((3, k), jnp.int32), ((width, 2), jnp.float32))]
+
+    def gradient(values, indices, weight):
+        return jax.value_and_grad(lambda v, w: (decode(v, indices, w) ** 2).sum(), (0, 1))(values, weight)
+
+    for platform, names in want.items():
+        assert ran(gradient, *shapes, platform=platform) == names
 
 
-def test_an_unknown_implementation(case):
-    with pytest.raises(UserError, match="'triton' is not known"):
-        decode(jnp.zeros((B, K)), jnp.zeros((B, K), jnp.int32), case["weight"], "triton")
+def test_the_rule_of_balance():
+    assert products.sparse_wins(Problem(1, 2048, 32), "cpu") and not products.sparse_wins(Problem(1, 2048, 256), "cpu")
+    assert products.sparse_wins(Problem(1, 131072, 64), "cuda") and not products.sparse_wins(Problem(1, 16384, 80), "cuda")
+
+
+def test_a_name_works_or_raises(case):
+    code = jnp.zeros((B, K)), jnp.zeros((B, K), jnp.int32), case["weight"]
+    with pytest.raises(UserError, match="combine: implementation 'triton' is not known"):
+        decode(*code, "triton")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlmscope_jax.kernels.sparse_matmul.segments import by_latent, segment_sum
+from dlmscope_jax.kernels.sparse_matmul.segments import by_latent, segment_sum, sums_flat
 
 # rows, depth, latents, pairs: one row, one latent, one pair, none, more pairs than blocks of the first level, keys beyond 32 bits
 SHAPES = [(7, 5, 24, 40), (3, 1, 1, 50), (50, 3, 2, 700), (1, 4, 9, 1), (5, 2, 3, 0), (100, 3, 40, 1000), (2, 3, 2**20, 5000)]
@@ -71,3 +71,13 @@ def test_no_array_of_all_pairs_by_the_depth_arises():
     values, rows, latents, table = pairs((100, 3, 40, 1000))
     text = str(jax.make_jaxpr(sums, static_argnums=4)(values, rows, latents, table, 40))
     assert "f32[1000,3]" not in text and "f32[100,40]" not in text
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sums_of_values_alone(shape):
+    values, _, latents, _ = pairs(shape)
+    if len(values):
+        values[0] = np.nan
+    want = np.zeros(shape[2])
+    np.add.at(want, latents, values.astype(float))
+    np.testing.assert_allclose(sums_flat(values, latents, shape[2]), want, rtol=1e-5, atol=1e-5)

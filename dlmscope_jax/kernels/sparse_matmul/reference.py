@@ -5,6 +5,8 @@ matrix product. Range: everything. A NaN or an infinity in one row of the dictio
 is NaN; the other implementations leave it to the rows whose codes hold that latent.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -13,6 +15,12 @@ from jax import Array
 def accumulator(*arrays: Array) -> jnp.dtype:
     """What products add in: float32 whatever the dtype of the factors, bf16 among them; float64 where one is float64."""
     return jnp.dtype(jnp.float64 if any(a.dtype == jnp.float64 for a in arrays) else jnp.float32)
+
+
+def zeros(shape: tuple[int, ...], dtype: jnp.dtype, *like: Array) -> Array:
+    """What a loop begins to add to; inside ``shard_map`` it varies over the mesh axes that one of ``like`` varies over."""
+    scalars = [jnp.zeros_like(a, shape=(), dtype=dtype) for a in like]
+    return jnp.zeros_like(functools.reduce(jnp.add, scalars), shape=shape)
 
 
 def matmul(left: Array, right: Array) -> Array:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .reference import accumulator
+from .reference import accumulator, zeros
 
 _LEAST_BLOCK = 16
 
@@ -68,10 +68,46 @@ def _sorted(latents: Array, width: int) -> tuple[Array, Array]:
 def segment_sum(segments: Segments, table: Float[Array, "B D"], width: int) -> Float[Array, "N D"]:
     """``sum of values * table[rows]`` for each latent, 0 where it has no pair; equal in every bit from run to run."""
     dtype = accumulator(segments.values, table)
-    out = jnp.zeros((width, table.shape[1]), dtype)
+    out = zeros((width, table.shape[1]), dtype, *segments, table)
     values = segments.values.astype(dtype)
     block = max(_LEAST_BLOCK, -(-len(values) // max(1, table.shape[0])))
     return _add_runs(out, values, segments.rows, segments.latents, table, block)
+
+
+def outer(values: Array, indices: Array, rows: Array, width: int) -> Array:
+    """[B, k], [B, k], [B, D] -> [N, D]."""
+    return segment_sum(_pairs(values, indices, width), rows, width)
+
+
+def combine_flat(values: Array, rows: Array, latents: Array, weight: Array, n_rows: int) -> Array:
+    """[M], [M], [M], [N, D] -> [n_rows, D]: here the runs are those of the rows."""
+    return segment_sum(by_latent(values, latents, rows, n_rows), weight, n_rows)
+
+
+def sums_flat(values: Array, latents: Array, width: int) -> Array:
+    """[M], [M] -> [N]: the sum of each latent's values.
+
+    Neighbours 1, 2, 4, ... apart are added while they belong to one latent, after which the last pair of a run holds its sum.
+    """
+    order, latents = _sorted(latents, width)
+    place = jnp.arange(len(latents), dtype=jnp.int32)
+
+    def add(j, total):
+        before = place - (1 << j)
+        same = (before >= 0) & (latents[before] == latents)
+        return total + jnp.where(same, total[before], 0)
+
+    total = jax.lax.fori_loop(0, max(len(latents) - 1, 0).bit_length(), add, values[order].astype(accumulator(values)))
+    last = jnp.append(latents[:-1] != latents[1:], True)
+    nowhere = width + place
+    out = zeros((width,), total.dtype, total)
+    return out.at[jnp.where(last, latents, nowhere)].set(total, mode="drop", unique_indices=True) if len(latents) else out
+
+
+def _pairs(values: Array, indices: Array, width: int) -> Segments:
+    """The pairs of a row-sparse code, sorted."""
+    rows = jnp.repeat(jnp.arange(indices.shape[0], dtype=jnp.int32), indices.shape[1])
+    return by_latent(values.reshape(-1), rows, indices.reshape(-1), width)
 
 
 def _add_runs(out: Array, values: Array | None, rows: Array | None, latents: Array, table: Array, block: int) -> Array:
@@ -102,7 +138,7 @@ def _add_runs(out: Array, values: Array | None, rows: Array | None, latents: Arr
         out = out.at[places[j]].add(sums, mode="drop", unique_indices=True)
         return out, jnp.where(ends[j][:, None], 0, sums)
 
-    sums = jnp.zeros((blocks, table.shape[1]), out.dtype)
+    sums = zeros((blocks, table.shape[1]), out.dtype, out)
     out, sums = jax.lax.fori_loop(0, block - 1, step, (out, sums))
     sums = at(block - 1, sums)
     last = latents[-1]  # that of the last block may be filling
