@@ -486,10 +486,11 @@ def test_auxk_holds_no_array_of_all_rows_and_latents_by_anything():
     spec = TopK(D, n, 4, k_aux=4)
     params, x = random_params(spec), draw(1, b, D)
     run = jax.jit(jax.value_and_grad(lambda p, dead: spec.loss(p, x, dead=dead), has_aux=True))
-    lines = str(run.trace(params, jnp.zeros(n, bool)).jaxpr).splitlines()
-    assert 1 <= len([line for line in lines if "dot_general" in line and f"f32[{b},{n}]" in line]) <= 3
+    lowered = run.lower(params, jnp.zeros(n, bool))  # for this platform: a jaxpr holds what others would run as well
+    lines = lowered.as_text(dialect="hlo").splitlines()
+    assert 1 <= len([line for line in lines if " dot(" in line and f"= f32[{b},{n}]" in line]) <= 3
     assert not [line for line in lines if f"[{b},{n}," in line or f"[{b},4,{D}]" in line]
-    held = run.lower(params, jnp.zeros(n, bool)).compile().memory_analysis().temp_size_in_bytes
+    held = lowered.compile().memory_analysis().temp_size_in_bytes
     assert held < 6 * b * n * 4, held
 
 

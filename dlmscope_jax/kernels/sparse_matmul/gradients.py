@@ -21,21 +21,25 @@ from dlmscope_jax.kernels import dispatch
 
 from . import products, reference
 
-Places = tuple[Array, ...]
+Places = tuple[Array] | tuple[Array, Array]
 
 
 def _combine(values: Array, places: Places, weight: Array, n_rows: int, name: str | None) -> Array:
     if len(places) == 1:
-        return products.combine(values, *places, weight, name)
-    return products.combine_flat(values, *places, weight, n_rows, name)
+        return products.combine(values, places[0], weight, name)
+    return products.combine_flat(values, places[0], places[1], weight, n_rows, name)
 
 
 def _dots(rows: Array, places: Places, weight: Array, name: str | None) -> Array:
-    return (products.dots if len(places) == 1 else products.dots_flat)(rows, *places, weight, name)
+    if len(places) == 1:
+        return products.dots(rows, places[0], weight, name)
+    return products.dots_flat(rows, places[0], places[1], weight, name)
 
 
 def _outer(values: Array, places: Places, rows: Array, width: int, name: str | None) -> Array:
-    return (products.outer if len(places) == 1 else products.outer_flat)(values, *places, rows, width, name)
+    if len(places) == 1:
+        return products.outer(values, places[0], rows, width, name)
+    return products.outer_flat(values, places[0], places[1], rows, width, name)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -132,14 +136,15 @@ def decode_prefixes(
       prefixes: ascending, the last one N.
       implementation: as for ``decode``; ``"reference"`` writes the code out once and multiplies each part of it.
     """
-    args = (values, rows, latents, weight)
-    static = {"n_rows": n_rows, "prefixes": prefixes}
-    if implementation is not None:
-        parts = _dense_parts(*args, **static) if implementation == "reference" else _sparse_parts(*args, **static, name=implementation)
+    if implementation == "reference":
+        parts = _dense_parts(values, rows, latents, weight, n_rows, prefixes)
+    elif implementation is not None:
+        parts = _sparse_parts(values, rows, latents, weight, n_rows, prefixes, implementation)
     else:
         problem = products.flat_problem(n_rows, weight.shape[0], weight, values)
         table = {"dense": dispatch.Implementation(_dense_parts), "sparse": dispatch.Implementation(_sparse_parts)}
-        parts = dispatch.run("prefixes", table, _prefixes_rule, problem, None, *args, **static)
+        args = (values, rows, latents, weight)
+        parts = dispatch.run("prefixes", table, _prefixes_rule, problem, None, *args, n_rows=n_rows, prefixes=prefixes)
     return jnp.cumsum(parts, axis=0)
 
 
@@ -147,13 +152,17 @@ def _prefixes_rule(problem: dispatch.Problem, platform: str) -> str:
     return "sparse" if products.sparse_wins(problem, platform, flat=True) else "dense"
 
 
-def _sparse_parts(values: Array, rows: Array, latents: Array, weight: Array, n_rows: int, prefixes: tuple[int, ...], name=None) -> Array:
+def _sparse_parts(
+    values: Array, rows: Array, latents: Array, weight: Array, n_rows: int, prefixes: tuple[int, ...], name: str | None = None
+) -> Array:
+    """What the latents that each prefix adds decode to: one code of G B rows."""
     first = jnp.searchsorted(jnp.array(prefixes, latents.dtype), latents, side="right").astype(rows.dtype)
     parts = decode_flat(values, first * n_rows + rows, latents, weight, len(prefixes) * n_rows, name)
     return parts.reshape(len(prefixes), n_rows, weight.shape[1])
 
 
 def _dense_parts(values: Array, rows: Array, latents: Array, weight: Array, n_rows: int, prefixes: tuple[int, ...]) -> Array:
+    """The same by matrix products of the parts of one dense code."""
     code = reference.scatter_flat(values, rows, latents, n_rows, weight.shape[0])
     bounds = zip((0, *prefixes), prefixes, strict=False)
     return jnp.stack([reference.matmul(code[:, low:high], weight[low:high]) for low, high in bounds])
