@@ -285,8 +285,12 @@ class Dictionary:
         return self.UNIT_DECODER
 
     def constrain(self, params: dict) -> dict:
-        """Parameters put back to where they must lie (unit decoder rows); apply after the optimiser."""
-        return rows.renormalise(params) if self.unit_decoder else params
+        """Parameters put back to where they must lie (unit decoder rows, ``bounded``); apply after the optimiser."""
+        return self.bounded(rows.renormalise(params) if self.unit_decoder else params)
+
+    def bounded(self, params: dict) -> dict:
+        """What ``constrain`` does beside unit decoder rows, which the optimiser may have seen to already."""
+        return params
 
     def update_statistics(self, params: dict, statistics: dict[str, Array]) -> dict:
         """Parameters with those that are measured and not learned moved towards a batch's ``LossParts.statistics``."""

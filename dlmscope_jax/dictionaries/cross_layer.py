@@ -182,7 +182,7 @@ class CrossLayer(Dictionary):
         n = self.sizes[1]
         return jnp.concatenate([rows.row_norms(params[f"W_dec_{layer}"].reshape(n, -1)) for layer in range(self.layers)])
 
-    def constrain(self, params: dict) -> dict:
+    def bounded(self, params: dict) -> dict:
         """Thresholds at least 0."""
         return {**params, "threshold": jnp.maximum(params["threshold"], 0.0)} if self.activation == "jumprelu" else params
 

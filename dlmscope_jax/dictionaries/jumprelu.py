@@ -192,7 +192,6 @@ class JumpReLU(Dictionary):
             raise UserError(f"JumpReLU: the penalty 'target' needs a target_l0 above 0 in its settings, got {settings.target_l0!r}")
         return jnp.square(l0 / settings.target_l0 - 1.0)
 
-    def constrain(self, params: dict) -> dict:
-        """As ``Dictionary.constrain``, and thresholds at least 0."""
-        params = super().constrain(params)
+    def bounded(self, params: dict) -> dict:
+        """Thresholds at least 0."""
         return {**params, "threshold": jnp.maximum(params["threshold"], 0.0)}

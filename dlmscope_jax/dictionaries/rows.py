@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dlmscope_jax import kernels
+
 _TINY = 1e-30
 
 
@@ -38,8 +40,7 @@ def renormalise(params: dict) -> dict:
 
 def project_gradient(params: dict, gradients: dict) -> dict:
     """Gradients without the part of ``W_dec``'s that points along each decoder row."""
-    rows, gradient = unit_rows(params["W_dec"]), gradients["W_dec"]
-    return {**gradients, "W_dec": gradient - (gradient * rows).sum(axis=-1, keepdims=True) * rows}
+    return {**gradients, "W_dec": kernels.tangential(gradients["W_dec"], params["W_dec"])}
 
 
 def geometric_median(sample: Float[Array, "S D"], iterations: int = 100) -> Float[Array, " D"]:

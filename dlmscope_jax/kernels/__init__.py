@@ -8,6 +8,7 @@ from .binarise import ESTIMATORS, binarise
 from .covariance import offdiagonal_covariance
 from .encode import encode_topk
 from .preactivations import preactivations
+from .row_update import row_update, squared_norm, tangential
 from .sparse_matmul import decode, decode_flat, decode_prefixes, with_encoder_gradient, with_flat_encoder_gradient
 from .topk import topk
 from .topk.batch import topk_batch
@@ -21,6 +22,9 @@ __all__ = [
     "encode_topk",
     "offdiagonal_covariance",
     "preactivations",
+    "row_update",
+    "squared_norm",
+    "tangential",
     "topk",
     "topk_batch",
     "with_encoder_gradient",

@@ -47,7 +47,7 @@ class TrainState:
 
 def optimiser_of(program: Program) -> Optimiser:
     """The optimiser of a program."""
-    return make_optimiser(program.optimizer, program.betas, program.eps, program.dictionary.constrain)
+    return make_optimiser(program.optimizer, program.betas, program.eps, program.dictionary)
 
 
 def learned(dictionary: Dictionary, params: dict) -> dict:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dlmscope_jax.dictionaries import LossSettings
+from dlmscope_jax.dictionaries.auxk import WithAuxK
+from dlmscope_jax.kernels import squared_norm
 
 from . import schedules
 from .averaging import follow
@@ -55,33 +57,37 @@ def _step(program: Program, state: TrainState, batch: Rows) -> tuple[TrainState,
     dead = state.rows_since_fired >= numbers.dead_rows
     old = learned(dictionary, state.params)
 
-    def loss_of(weights: dict) -> tuple[Array, Any]:
-        return dictionary.loss({**state.params, **weights}, x, target, dead=dead if program.aux else None, settings=settings)
+    def differentiated(dead: Array | None) -> tuple[tuple[Array, Any], dict]:
+        def loss_of(weights: dict) -> tuple[Array, Any]:
+            return dictionary.loss({**state.params, **weights}, x, target, dead=dead, settings=settings)
 
-    (loss, parts), gradients = jax.value_and_grad(loss_of, has_aux=True)(old)
-    gradients = dictionary.project_gradient(old, gradients)
-    norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(gradients)))
-    gradients = jax.tree.map(lambda g: g * jnp.minimum(1.0, numbers.clip / norm), gradients)
+        return jax.value_and_grad(loss_of, has_aux=True)(old)
 
-    weights, opt_state = optimiser_of(program).update(gradients, state.opt_state, old, rate)
-    params = _measure(program, state, {**state.params, **weights}, parts.statistics, settings)
-    average = None if state.average is None else follow(state.average, learned(dictionary, params), numbers.ema)
+    if program.aux and isinstance(dictionary, WithAuxK):
+        (loss, parts), gradients = _with_aux(differentiated, dead)
+    else:
+        (loss, parts), gradients = differentiated(dead if program.aux else None)
+    norm = jnp.sqrt(sum(squared_norm(g, old[name] if _unit(dictionary, name) else None) for name, g in gradients.items()))
+    good = jnp.isfinite(loss) & jnp.isfinite(norm)
+    clip = jnp.minimum(1.0, numbers.clip / norm)
+
+    weights, opt_state = optimiser_of(program).update(gradients, state.opt_state, old, rate, clip, good)
+    params = _measure(program, state, {**state.params, **weights}, parts.statistics, settings, good)
+    average = None if state.average is None else _kept(good, follow(state.average, learned(dictionary, params), numbers.ema), state.average)
     since = jnp.where(parts.fired > 0, 0, jnp.minimum(state.rows_since_fired + x.shape[0], _LONG))
+    since = jnp.where(good, since, state.rows_since_fired)
     resampled = jnp.int32(0)
     if numbers.resample_every is not None:
-        params, opt_state, since, resampled = _resampled(dictionary, state, params, opt_state, since, x, target)
+        params, opt_state, since, resampled = _resampled(dictionary, state, params, opt_state, since, x, target, good)
 
-    good = jnp.isfinite(loss) & jnp.isfinite(norm)
-    before = (state.params, state.opt_state, state.average, state.rows_since_fired)
-    kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), (params, opt_state, average, since), before)
     bad = 1 - good.astype(jnp.int32)
     following = dataclasses.replace(
         state,
         step=state.step + 1,
-        params=kept[0],
-        opt_state=kept[1],
-        average=kept[2],
-        rows_since_fired=kept[3],
+        params=params,
+        opt_state=opt_state,
+        average=average,
+        rows_since_fired=since,
         skipped=state.skipped + bad,
     )
     values = {
@@ -110,17 +116,39 @@ def _in_training_units(state: TrainState, batch: Rows) -> tuple[Float[Array, "B 
     return divided(batch[0].astype(jnp.float32), state.input_scale), divided(batch[1].astype(jnp.float32), state.output_scale)
 
 
-def _measure(program: Program, state: TrainState, params: dict, statistics: dict, settings: LossSettings) -> dict:
+def _with_aux(differentiated: Callable[[Array | None], Any], dead: Array) -> Any:
+    """Loss and gradients, with AuxK only in steps that have dead latents.
+
+    One branch around everything and not one around the auxiliary loss, whose gradient would be arrays of zeros, made and added in
+    every step.
+    """
+
+    def without() -> Any:
+        (loss, parts), gradients = differentiated(None)
+        nothing = {"aux": jnp.float32(0)}
+        return (loss, dataclasses.replace(parts, terms=parts.terms | nothing, measured=parts.measured | nothing)), gradients
+
+    return jax.lax.cond(dead.any(), lambda: differentiated(dead), without)
+
+
+def _unit(dictionary: Any, name: str) -> bool:
+    """Whether the rows of a parameter are held at unit norm."""
+    return dictionary.unit_decoder and name == "W_dec"
+
+
+def _kept(good: Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+
+
+def _measure(program: Program, state: TrainState, params: dict, statistics: dict, settings: LossSettings, good: Array) -> dict:
     """The parameters that are measured follow the batch; while k still falls they wait, for they belong to the final one."""
     following = program.dictionary.update_statistics(params, statistics)
-    if settings.k is None:
-        return following
-    settled = settings.k == state.numbers.settings.k
+    settled = good if settings.k is None else good & (settings.k == state.numbers.settings.k)
     return {**params, **{name: jnp.where(settled, following[name], params[name]) for name in program.dictionary.STATISTICS}}
 
 
 def _resampled(
-    dictionary: Any, state: TrainState, params: dict, opt_state: Any, since: Array, x: Array, target: Array | None
+    dictionary: Any, state: TrainState, params: dict, opt_state: Any, since: Array, x: Array, target: Array | None, good: Array
 ) -> tuple[dict, Any, Array, Array]:
     """Every so many steps, dead latents begin again; in all others nothing is computed."""
     numbers = state.numbers
@@ -131,5 +159,5 @@ def _resampled(
         fresh, forgetful = resample(dictionary, key, params, opt_state, x, target, dead)
         return fresh, forgetful, jnp.where(dead, 0, since), dead.sum(dtype=jnp.int32)
 
-    due = ((state.step + 1) % numbers.resample_every == 0) & dead.any()
+    due = ((state.step + 1) % numbers.resample_every == 0) & dead.any() & good
     return jax.lax.cond(due, begin_again, lambda: (params, opt_state, since, jnp.int32(0)))
