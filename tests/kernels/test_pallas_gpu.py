@@ -29,7 +29,7 @@ SHAPE = jax.ShapeDtypeStruct
 def small_limits():
     """Limits at which every way through the kernels is taken by small arrays."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("_DIRECT", 64), ("_TILE", 128), ("_COMPARED", 8)):
+        for name, value in (("_DIRECT", 64), ("_TILE", 512), ("_COMPARED", 8)):
             patch.setattr(selection, name, value)
         patch.setattr(sparse, "_LONG", 16)
         yield
@@ -169,7 +169,7 @@ def test_the_parts_of_long_runs():
     length = np.array([3, 40, 0, 16, 17])
     starts = jnp.asarray(np.concatenate([[0], np.cumsum(length)]), jnp.int32)
     with small_limits():
-        parts = sparse._parts(starts[:-1], starts[1:], 2 * int(length.sum()) // 16)
+        parts = sparse._parts(starts[:-1], starts[1:], sparse._most_parts(int(length.sum())))
     np.testing.assert_array_equal(parts.first, [3, 19, 35, 59, 75, 0, 0, 0, 0])
     np.testing.assert_array_equal(parts.last, [19, 35, 43, 75, 76, 0, 0, 0, 0])
     np.testing.assert_array_equal(parts.latent, [1, 5, 5, 4, 5, 5, 5, 5, 5])
@@ -181,7 +181,7 @@ def test_there_are_parts_enough(runs):
     """Most parts for their pairs have the runs that are one pair too long for one program."""
     starts = jnp.arange(runs + 1, dtype=jnp.int32) * 17
     with small_limits():
-        parts = sparse._parts(starts[:-1], starts[1:], 2 * 17 * runs // 16)
+        parts = sparse._parts(starts[:-1], starts[1:], sparse._most_parts(17 * runs))
     assert int((parts.last - parts.first).sum()) == 17 * runs
     np.testing.assert_array_equal(np.unique(parts.latent), np.arange(runs + 1))
 

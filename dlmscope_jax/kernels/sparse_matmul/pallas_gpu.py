@@ -143,7 +143,7 @@ def combine_flat(values: Array, rows: Array, latents: Array, weight: Array, n_ro
 def segment_sum(segments: Segments, table: Array, width: int, interpret: bool = False) -> Array:
     """``sum of values * table[rows]`` for each latent, 0 where it has no pair: [N, D]."""
     m, d = segments.rows.shape[0], table.shape[1]
-    columns, parts = _columns(d), 2 * m // _LONG  # a run of more than _LONG pairs has less than twice its pairs / _LONG parts
+    columns, parts = _columns(d), _most_parts(m)
     first, last = segments.starts[:-1], segments.starts[1:]
     cut = _parts(first, last, parts)
 
@@ -193,6 +193,11 @@ class _Parts(NamedTuple):
     last: Array
     latent: Array
     count: Array
+
+
+def _most_parts(pairs: int) -> int:
+    """Parts there can be: a run of more than _LONG pairs has fewer than twice its pairs / _LONG."""
+    return 2 * pairs // _LONG
 
 
 def _parts(first: Array, last: Array, parts: int) -> _Parts:
