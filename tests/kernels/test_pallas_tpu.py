@@ -1,4 +1,5 @@
-"""The kernels for TPU, in Pallas' interpreter: top-k against ``lax.top_k`` bit for bit, sparse products against dense ones.
+"""The kernels for TPU, in Pallas' interpreter: top-k against ``lax.top_k`` bit for bit, sparse products against dense ones,
+the row-local update against its reference.
 
 And lowered for a TPU at the sizes that they are made for. ``test_aot_tpu.py`` compiles them.
 """
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 
 from dlmscope_jax.compat import lower_for
 from dlmscope_jax.kernels.dispatch import Problem
+from dlmscope_jax.kernels.row_update import pallas_tpu as update
+from dlmscope_jax.kernels.row_update import reference as update_reference
 from dlmscope_jax.kernels.sparse_matmul import pallas_tpu as sparse
 from dlmscope_jax.kernels.sparse_matmul import reference
 from dlmscope_jax.kernels.topk import pallas_tpu as selection
@@ -113,6 +116,35 @@ def test_foreign_rows_do_not_enter(case):
     assert np.isnan(out[9]).all() and not np.isnan(np.delete(out, 9, axis=0)).any()
 
 
+def update_arguments(width, depth, dtype):
+    matrix, moment = SHAPE((width, depth), "float32"), SHAPE((width, depth), dtype)
+    return matrix, moment, moment, matrix, SHAPE((), "float32"), SHAPE((), "int32"), SHAPE((), "float32"), SHAPE((), "bool")
+
+
+ADAM = {"b1": 0.9, "b2": 0.99, "eps": 1e-6}
+
+
+@pytest.mark.parametrize(("dtype", "unit"), [("float32", True), ("bfloat16", True), ("float32", False)])
+def test_row_update(monkeypatch, dtype, unit):
+    """Three blocks of 16 rows, the last one not full; then a gradient that is not kept."""
+    monkeypatch.setattr(update, "_BLOCK", 16 * 150)
+    rng = np.random.default_rng(1)
+    weight, mu, gradient = (jnp.asarray(rng.normal(size=(41, 150)), jnp.float32) for _ in range(3))
+    moments = mu.astype(dtype), jnp.square(mu).astype(dtype)
+    scalars = [jnp.asarray(0.1, jnp.float32), jnp.asarray(3), jnp.asarray(0.5, jnp.float32)]
+    run = jax.jit(partial(update.row_update, unit=unit, interpret=True, **ADAM))
+    found = run(weight, *moments, gradient, *scalars, jnp.asarray(True))
+    want = update_reference.row_update(weight, *moments, gradient, *scalars, jnp.asarray(True), unit=unit, **ADAM)
+    for a, b in zip(found, want, strict=True):
+        assert a.dtype == b.dtype
+        # of two moments that differ in the last bit one may be rounded up and the other not
+        near = 2**-7 if b.dtype == jnp.bfloat16 else 2e-5
+        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=near, atol=1e-6)
+        assert near < 1e-4 or (a == b).mean() > 0.99
+    for a, b in zip(run(weight, *moments, gradient * jnp.nan, *scalars, jnp.asarray(False)), (weight, *moments), strict=True):
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
 @pytest.mark.parametrize(("rows", "width", "depth", "k"), [(2048, 16411, 768, 32), (2048, 131072, 4096, 64)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_lowers_for_a_tpu(monkeypatch, rows, width, depth, k, dtype):
@@ -126,19 +158,21 @@ def test_lowers_for_a_tpu(monkeypatch, rows, width, depth, k, dtype):
         (sparse.combine, (values, indices, weight)),
         (sparse.dots, (x, indices, weight)),
         (partial(sparse.outer, width=width), (values, indices, x)),
+        (partial(update.row_update, unit=True, **ADAM), update_arguments(width, depth, dtype)),
     ):
         assert lower_for("tpu", fn, *arguments).as_text().count("tpu_custom_call") == 1
 
 
 def test_refusals():
     fits = Problem(2048, 16384, 32, 768, jnp.float32)
-    assert "TPU" in selection.refuses(fits, "cpu") and "TPU" in sparse.refuses(fits, "cuda")
+    assert "TPU" in selection.refuses(fits, "cpu") and "TPU" in sparse.refuses(fits, "cuda") and "TPU" in update.refuses(fits, "cpu")
     for module, problem, says in (
         (selection, Problem(8, 16384, 1025), "k <= 1024"),
         (selection, Problem(8, 2**20 + 1, 32), "at most 1048576"),
         (selection, Problem(8, 16384, 32, 0, jnp.float64), "float64"),
         (sparse, Problem(8, 16384, 32, 20000), "at most 16384"),
         (sparse, Problem(8, 16384, 32, 64, jnp.float64), "float64"),
+        (update, Problem(1, 16384, 1, 20000), "up to 16384"),
         (sparse, Problem(2**17, 16384, 64, 64), "at most 4194304 pairs"),
     ):
         assert says in module.refuses(problem, "tpu")

@@ -11,6 +11,9 @@ For each row w of a matrix, with moments m and v, gradient g and t the number of
 weight moves by what is computed in float32 and then rounded (``rounding``). README.md has traffic and measurements.
 """
 
+from importlib import import_module
+from types import ModuleType
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -26,9 +29,22 @@ def _of_matrices(problem: dispatch.Problem, platform: str) -> str | None:
     return "is for loops over memory that a CPU keeps in its cache" if platform != "cpu" else None
 
 
+def _pallas(name: str) -> dispatch.Implementation:
+    """The module ``name``, which is imported when it is called, or asked what it refuses."""
+
+    def module() -> ModuleType:
+        return import_module(f"{__package__}.{name}")
+
+    def run(*args: Array, **static: float) -> tuple[Array, Array, Array]:
+        return module().row_update(*args, **static)
+
+    return dispatch.Implementation(run, lambda problem, platform: module().refuses(problem, platform))
+
+
 IMPLEMENTATIONS = {
     "reference": dispatch.Implementation(reference.row_update),
     "strips": dispatch.Implementation(strips.row_update, _of_matrices),
+    "pallas_tpu": _pallas("pallas_tpu"),
 }
 
 
@@ -66,7 +82,7 @@ def row_update(
       scale: factor of the gradient, for clipping.
       keep: False leaves all three as they are (a batch that is not finite).
       unit: whether rows of the weight are held at unit norm.
-      implementation: ``"reference"`` or ``"strips"``; None picks by platform and size.
+      implementation: ``"reference"``, ``"strips"`` or ``"pallas_tpu"``; None picks by platform and size.
 
     Raises:
       UserError: shapes that differ or are no matrices; an implementation that is unknown or refuses.

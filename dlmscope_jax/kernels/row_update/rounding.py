@@ -21,8 +21,13 @@ def round_fairly(x: Float[Array, "*shape"], step: Int[Array, ""], first: int | I
       step: of the optimiser.
       first: the place of the first element, where ``x`` is a strip of something larger.
     """
-    place = (jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape) + jnp.asarray(first).astype(jnp.uint32)) * jnp.uint32(_SPREAD) >> 16
-    threshold = (place + step.astype(jnp.uint32) * jnp.uint32(_WALK)) & 0xFFFF
+    place = jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape) + jnp.asarray(first).astype(jnp.uint32)
+    return rounded(x, step, place)
+
+
+def rounded(x: Float[Array, "*shape"], step: Int[Array, ""], place: Int[Array, "*shape"]) -> BFloat16[Array, "*shape"]:
+    """``round_fairly`` where the elements' places are known: unsigned, their numbers in row-major order."""
+    threshold = ((place * jnp.uint32(_SPREAD) >> 16) + step.astype(jnp.uint32) * jnp.uint32(_WALK)) & 0xFFFF
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32) + threshold
     return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 
