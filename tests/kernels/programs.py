@@ -33,6 +33,13 @@ class Collective(NamedTuple):
     trips: int
 
 
+class Sort(NamedTuple):
+    """One sort or top-k: how many entries are sorted against each other, and the entries of the array in all."""
+
+    length: int
+    entries: int
+
+
 @dataclass(frozen=True)
 class Instruction:
     """One line of a computation: what it gives (its type as text), what it does, to what, and the rest of the line."""
@@ -90,9 +97,9 @@ def moved(text: str) -> int:
     return sum(c.operand_bytes * c.trips for c in collectives(text))
 
 
-def sorts(text: str) -> list[int]:
-    """For each sort and each top-k, an operation or a library's, how many entries are sorted against each other."""
-    lengths = []
+def sorts(text: str) -> list[Sort]:
+    """Every sort and every top-k, an operation of its own or a library's."""
+    found = []
     for lines in _parsed(text)[1].values():
         for line in lines.values():
             target = re.search(r'custom_call_target="([^"]*)"', line.attributes)
@@ -102,8 +109,9 @@ def sorts(text: str) -> list[int]:
                 along = -1
             else:
                 continue
-            lengths.append(_dims(_ARRAY.search(_operand_types(line, lines))[2])[along])
-    return lengths
+            dims = _dims(_ARRAY.search(_operand_types(line, lines))[2])
+            found.append(Sort(dims[along], math.prod(dims)))
+    return found
 
 
 def _mover(line: Instruction) -> str | None:

@@ -67,13 +67,9 @@ def encode_topk(
     Raises:
       UserError: k outside 1..latents of all shards.
     """
-    x = shared(x, axis)
     shift = None if shift is None else shared(shift, axis)
-    pre = jax.lax.stop_gradient(kernels.preactivations(x, weight, bias, shift))
-    values, indices = kernels.topk(pre, min(k, weight.shape[0]))
-    won = among_shards(values, k, axis)
-    values = kernels.with_encoder_gradient(values, indices, x, weight, bias, shift)
-    return jnp.where(won, values, 0.0), indices
+    values, indices = kernels.encode_topk(shared(x, axis), weight, bias, shift, min(k, weight.shape[0]))
+    return jnp.where(among_shards(values, k, axis), values, 0.0), indices
 
 
 def decode(values: Float[Array, "B c"], indices: Int[Array, "B c"], weight: Float[Array, "n D"], axis: str) -> Float[Array, "B D"]:
