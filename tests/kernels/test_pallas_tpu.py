@@ -171,7 +171,7 @@ def test_refusals():
         (selection, Problem(8, 2**20 + 1, 32), "at most 1048576"),
         (selection, Problem(8, 16384, 32, 0, jnp.float64), "float64"),
         (sparse, Problem(8, 16384, 32, 20000), "at most 16384"),
-        (sparse, Problem(8, 16384, 32, 64, jnp.float64), "float64"),
+        (sparse, Problem(8, 16384, 32, 64, jnp.float16), "float16"),
         (update, Problem(1, 16384, 1, 20000), "up to 16384"),
         (sparse, Problem(2**17, 16384, 64, 64), "at most 4194304 pairs"),
     ):

@@ -2,7 +2,7 @@
 
 Algorithm. The pairs (value, row) of a code are one stream, cut into runs: those of a row of the batch for ``combine`` and ``dots``, those
 of a latent for ``outer``. A program owns a block of runs; the programs follow each other on a core, and the stream goes on over their
-borders: pairs come to scalar memory in chunks of 1024, one chunk ahead, and while a pair is worked on, the copies of the 16 rows after it
+borders: pairs come to scalar memory in chunks of 1024, one chunk ahead, and while a pair is worked on, the copies of the 15 rows after it
 are under way from HBM. A row is fetched as a tile [D / 128, 128] so that it lies together in HBM and fills vectors; sums are made in
 vectors, in the order of the pairs, so results are equal in every bit from run to run. ``dots`` keeps 128 sums of lanes, and a transposed
 tile turns them into 128 numbers.
@@ -10,7 +10,7 @@ tile turns them into 128 numbers.
 Memory traffic: one row of the table for each pair, the result once; the rows of ``dots`` once. The table is laid out as tiles by XLA
 before the kernel, which reads and writes it once more. No [B, k, D] array, and none of the shape of the code written out.
 
-Range: table and rows in float32, bfloat16 or float16, D <= 16384, N and B any, up to 4 M pairs for ``dots``. Sums are float32.
+Range: table and rows in float32 or bfloat16, D <= 16384, N and B any, up to 4 M pairs for ``dots``. Sums are float32.
 
 Not measured: no such device was at hand. A pair costs a copy of its own and some tens of scalar operations whatever D is, so this can
 win only where N / k is large and D is too. Not the default anywhere; the results are checked in interpret mode, and libtpu compiles
@@ -34,7 +34,7 @@ _LANES = 128
 _CHUNK_BITS = 10  # pairs of a chunk, as a power of two
 _CHUNK = 1 << _CHUNK_BITS
 _CHUNKS = 4  # chunks in scalar memory: that of the pair, that of the row asked for, the one that comes; a power of two
-_AHEAD = 16  # rows under way
+_AHEAD = 16  # places for rows, that of the pair among them
 _MOST_DEPTH, _MOST_DOTS = 16384, 2**22
 _BLOCK_BYTES = 2**21  # of the result or the rows that a program owns
 
@@ -43,8 +43,8 @@ def refuses(problem: Problem, platform: str) -> str | None:
     """Why these kernels cannot do a problem, as a clause; None if they can."""
     if platform != "tpu":
         return f"is a kernel for TPU, this is {platform}"
-    if problem.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        return f"takes float32, bfloat16 and float16, got {problem.dtype}"
+    if problem.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"takes float32 and bfloat16, got {problem.dtype}"
     if problem.depth > _MOST_DEPTH:
         return f"takes rows of at most {_MOST_DEPTH} entries, got {problem.depth}"
     if problem.rows * problem.k > _MOST_DOTS:
@@ -107,13 +107,11 @@ def _sums(values: Array, columns: Array, starts: Array, table: Array, interpret:
 
     def kernel(starts_ref, columns_hbm, values_hbm, table_hbm, out_ref, columns_ref, values_ref, ring, finished, chunk_sem, row_sem):
         starts_of = starts_ref.at[0, 0]
-        row, release = _stream((columns_hbm, values_hbm), (columns_ref, values_ref), table_hbm, ring, chunk_sem, row_sem, starts_of)
+        row = _stream((columns_hbm, values_hbm), (columns_ref, values_ref), table_hbm, ring, chunk_sem, row_sem, starts_of)
 
         def one(run, carry):
             def add(m, total):
-                total = total + _at(values_ref, m) * row(m)
-                release(m)
-                return total
+                return total + _at(values_ref, m) * row(m)
 
             total = lax.fori_loop(starts_of[run], starts_of[run + 1], add, jnp.zeros((pieces, _LANES), jnp.float32))
             finished[pl.ds(pl.multiple_of((run & 7) * stride, 8), pieces), :] = total
@@ -159,7 +157,7 @@ def _dots(left: Array, columns: Array, starts: Array, table: Array, interpret: b
 
     def kernel(starts_ref, columns_hbm, left_ref, table_hbm, out_ref, columns_ref, ring, partial, chunk_sem, row_sem):
         starts_of = starts_ref.at[0, 0]
-        row, release = _stream((columns_hbm,), (columns_ref,), table_hbm, ring, chunk_sem, row_sem, starts_of)
+        row = _stream((columns_hbm,), (columns_ref,), table_hbm, ring, chunk_sem, row_sem, starts_of)
         total = starts_of[block + 1]
 
         def run(s, carry):
@@ -167,7 +165,6 @@ def _dots(left: Array, columns: Array, starts: Array, table: Array, interpret: b
 
             def one(m, carry):
                 partial[pl.ds(m & (_LANES - 1), 1), :] = (here * row(m)).sum(axis=0, keepdims=True)
-                release(m)
 
                 @pl.when((m & (_LANES - 1) == _LANES - 1) | (m + 1 == total))
                 def _():
@@ -242,10 +239,10 @@ def _at(ref: Any, m: Array) -> Array:
 
 def _stream(
     pairs_hbm: tuple, pairs_ref: tuple, table_hbm: Any, ring: Any, chunk_sem: Any, row_sem: Any, starts_of: Any
-) -> tuple[Callable[[Array], Array], Callable[[Array], None]]:
-    """Begins the stream in the first program; returns how to take the row of pair m, and how to say that it has been used.
+) -> Callable[[Array], Array]:
+    """Begins the stream in the first program; returns how to take the row of pair m: every m once, in order, from 0 to the end.
 
-    Every m from 0 to the end is taken once, in order, and released after it.
+    Taking a row asks for the one that goes where the row before it was, so that nothing is overwritten while it is read.
     """
     total = starts_of[starts_of.shape[0] - 1]
 
@@ -273,15 +270,10 @@ def _stream(
             fetch(m).start()
             return carry
 
-        lax.fori_loop(0, jnp.minimum(total, _AHEAD), ask, 0)
+        lax.fori_loop(0, jnp.minimum(total, _AHEAD - 1), ask, 0)
 
     def row(m):
-        slot = m & (_AHEAD - 1)
-        pltpu.make_async_copy(table_hbm.at[0], ring.at[slot], row_sem.at[slot]).wait()
-        return ring[slot].astype(jnp.float32)
-
-    def release(m):
-        ahead = m + _AHEAD
+        ahead = m + _AHEAD - 1
 
         @pl.when((ahead < total) & (ahead & (_CHUNK - 1) == 0))
         def _():
@@ -298,4 +290,8 @@ def _stream(
         def _():
             fetch(ahead).start()
 
-    return row, release
+        slot = m & (_AHEAD - 1)
+        pltpu.make_async_copy(table_hbm.at[0], ring.at[slot], row_sem.at[slot]).wait()
+        return ring[slot].astype(jnp.float32)
+
+    return row

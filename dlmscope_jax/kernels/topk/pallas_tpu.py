@@ -1,6 +1,6 @@
 """Exact top-k of rows as one Pallas kernel for TPU, without a sort or a gather, which Mosaic does not have.
 
-Algorithm, for a block of 8 rows (16 of half precision), all on integer keys in the total order of the floats (``keys.py``):
+Algorithm, for a block of 8 rows (16 in bfloat16), all on integer keys in the total order of the floats (``keys.py``):
 
 1. A pass over the row stores the keys in VMEM and the maxima of groups of g entries (same lane, g consecutive vectors).
 2. The k-th largest maximum bounds the k-th largest entry from below: it is found by bisection on N / g maxima.
@@ -13,8 +13,8 @@ Algorithm, for a block of 8 rows (16 of half precision), all on integer keys in 
 
 Memory traffic: every entry is read from HBM once; B k results are written. The keys of a block stay in VMEM, 4 bytes an entry.
 
-Range: 1 <= k <= 1024, N <= 2^20, float32, bfloat16 and float16. VMEM: about 40 MiB at N = 2^20 in float32 and 70 in half
-precision, which chips with 64 MiB (v5p, v7x) do not have; at N = 131072 8 and 12 MiB.
+Range: 1 <= k <= 1024, N <= 2^20, float32 and bfloat16. VMEM: about 40 MiB at N = 2^20 in float32 and 70 in
+bfloat16, which chips with 64 MiB (v5p, v7x) do not have; at N = 131072 8 and 12 MiB.
 
 Not measured: no such device was at hand. Not the default anywhere; the results are checked in interpret mode, and libtpu compiles
 it for v5e and v6e.
@@ -43,8 +43,8 @@ def refuses(problem: Problem, platform: str) -> str | None:
     """Why this cannot be had, or None."""
     if platform != "tpu":
         return "needs a TPU"
-    if problem.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        return f"needs float32, bfloat16 or float16, not {problem.dtype}"
+    if problem.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"needs float32 or bfloat16, not {problem.dtype}"
     if problem.k > _MOST_K:
         return f"needs k <= {_MOST_K}, not {problem.k}"
     if problem.width > _MOST_WIDTH:
