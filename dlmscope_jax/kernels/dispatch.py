@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dlmscope_jax.compat import lower_for
 from dlmscope_jax.errors import UserError
 
 PLATFORMS = ("cpu", "tpu", "cuda")
@@ -121,6 +122,4 @@ def ran(fn: Callable[..., Any], *args: Any, platform: str | None = None) -> set[
       *args: arrays or their shapes and dtypes; nothing is executed.
       platform: what to lower for, None for this machine's.
     """
-    traced = jax.jit(fn).trace(*args)
-    lowered = traced.lower(lowering_platforms=(platform or platform_here(),))
-    return set(_SCOPE.findall(lowered.as_text(debug_info=True)))
+    return set(_SCOPE.findall(lower_for(platform or platform_here(), jax.jit(fn), *args).as_text(debug_info=True)))

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from dlmscope_jax.compat import lower_for
 from dlmscope_jax.kernels.dispatch import Problem
+from dlmscope_jax.kernels.row_update import pallas_gpu as update
+from dlmscope_jax.kernels.row_update import reference as update_reference
 from dlmscope_jax.kernels.sparse_matmul import pallas_gpu as sparse
 from dlmscope_jax.kernels.sparse_matmul import reference
 from dlmscope_jax.kernels.topk import pallas_gpu as selection
@@ -186,6 +188,35 @@ def test_there_are_parts_enough(runs):
     np.testing.assert_array_equal(np.unique(parts.latent), np.arange(runs + 1))
 
 
+ADAM = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
+
+
+@pytest.mark.parametrize(
+    ("moments", "unit", "keep"),
+    [("float32", True, True), ("float32", True, False), ("bfloat16", True, True), ("bfloat16", False, True)],
+    ids=str,
+)
+def test_row_update(moments, unit, keep):
+    """A row of zeros among them, and rows that are no power of two; bfloat16 moments are rounded by the place among all elements."""
+    rng = np.random.default_rng(0)
+    draw = lambda: jnp.asarray(rng.normal(size=(4, 37)), jnp.float32)  # noqa: E731
+    weight, gradient = draw().at[2].set(0), draw()
+    arrays = weight, (0.1 * draw()).astype(moments), jnp.square(draw()).astype(moments), gradient
+    arguments = *arrays, jnp.float32(0.01), jnp.int32(3), jnp.float32(0.7), jnp.asarray(keep)
+    got = jax.jit(partial(update.row_update, interpret=True, unit=unit, **ADAM))(*arguments)
+    want = jax.jit(partial(update_reference.row_update, unit=unit, **ADAM))(*arguments)
+    for new, expected in zip(got, want, strict=True):
+        assert new.dtype == expected.dtype
+        np.testing.assert_allclose(np.asarray(new, np.float32), np.asarray(expected, np.float32), rtol=2e-6, atol=1e-7)
+    assert keep or all((new == old).all() for new, old in zip(got, arrays, strict=False))
+
+
+def test_row_update_says_what_it_cannot_do():
+    assert update.refuses(Problem(1, 131072, 1, 8192, jnp.bfloat16), "cuda") is None
+    assert "this is cpu" in update.refuses(Problem(1, 64, 1, 8), "cpu")
+    assert "rows of up to 8192" in update.refuses(Problem(1, 64, 1, 8193), "cuda")
+
+
 SIZES = [(2048, 768, 16384, 32, "float32"), (8192, 4096, 131072, 64, "bfloat16")]
 
 
@@ -193,7 +224,19 @@ SIZES = [(2048, 768, 16384, 32, "float32"), (8192, 4096, 131072, 64, "bfloat16")
 def test_lowers_for_cuda(b, d, n, k, dtype):
     values, indices = SHAPE((b, k), jnp.float32), SHAPE((b, k), jnp.int32)
     weight, x = SHAPE((n, d), dtype), SHAPE((b, d), dtype)
+    matrix, moment, number = SHAPE((n, d), jnp.float32), SHAPE((n, d), dtype), SHAPE((), jnp.float32)
     programs = {
+        "row_update": (
+            partial(update.row_update, unit=True, **ADAM),
+            matrix,
+            moment,
+            moment,
+            matrix,
+            number,
+            SHAPE((), jnp.int32),
+            number,
+            SHAPE((), bool),
+        ),
         "topk": (lambda x: selection.topk(x, k), SHAPE((b, n), dtype)),
         "combine": (sparse.combine, values, indices, weight),
         "dots": (sparse.dots, x, indices, weight),

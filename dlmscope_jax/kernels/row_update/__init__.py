@@ -45,6 +45,7 @@ IMPLEMENTATIONS = {
     "reference": dispatch.Implementation(reference.row_update),
     "strips": dispatch.Implementation(strips.row_update, _of_matrices),
     "pallas_tpu": _pallas("pallas_tpu"),
+    "pallas_gpu": _pallas("pallas_gpu"),
 }
 
 
@@ -82,7 +83,7 @@ def row_update(
       scale: factor of the gradient, for clipping.
       keep: False leaves all three as they are (a batch that is not finite).
       unit: whether rows of the weight are held at unit norm.
-      implementation: ``"reference"``, ``"strips"`` or ``"pallas_tpu"``; None picks by platform and size.
+      implementation: ``"reference"``, ``"strips"``, ``"pallas_tpu"`` or ``"pallas_gpu"``; None picks by platform and size.
 
     Raises:
       UserError: shapes that differ or are no matrices; an implementation that is unknown or refuses.
