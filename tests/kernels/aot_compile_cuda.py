@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from jax.experimental import topologies
 from programs import sorts
 
 from dlmscope_jax.compat import lower_for
+from dlmscope_jax.kernels.row_update import pallas_gpu as update
+from dlmscope_jax.kernels.row_update import reference as update_reference
 from dlmscope_jax.kernels.sparse_matmul import pallas_gpu as sparse
 from dlmscope_jax.kernels.topk import grouped
 from dlmscope_jax.kernels.topk import pallas_gpu as selection
@@ -39,7 +42,16 @@ def programs(b: int, d: int, n: int, k: int, dtype: str) -> dict[str, tuple[Call
 
     values, indices = array(b, k, dtype="float32"), array(b, k, dtype="int32")
     flat = array(b * k, dtype="float32"), array(b * k, dtype="int32"), array(b * k, dtype="int32")
+    number = array(dtype="float32")
+    state = array(n, d, dtype="float32"), array(n, d), array(n, d), array(n, d, dtype="float32")
+    scalars = number, array(dtype="int32"), number, array(dtype="bool")
+
+    def donated(row_update: Callable) -> Callable:
+        return jax.jit(partial(row_update, b1=0.9, b2=0.999, eps=1e-8, unit=True), donate_argnums=(0, 1, 2))
+
     return {
+        "row_update reference": (donated(update_reference.row_update), *state, *scalars),
+        "row_update": (donated(update.row_update), *state, *scalars),
         "lax.top_k": (lambda x: jax.lax.top_k(x, k), array(b, n)),
         "topk grouped": (lambda x: grouped.topk(x, k), array(b, n)),
         "topk": (lambda x: selection.topk(x, k), array(b, n)),
@@ -56,7 +68,12 @@ def main(*arguments: str) -> None:
         started = time.perf_counter()
         compiled = lower_for("cuda", fn, *args).compile()
         text, memory = compiled.as_text(), compiled.memory_analysis()
-        report = {"name": name, "seconds": time.perf_counter() - started, "sorts": sorts(text), "temporary": memory.temp_size_in_bytes}
+        report = {
+            "name": name,
+            "seconds": time.perf_counter() - started,
+            "sorts": [sort.length for sort in sorts(text)],
+            "temporary": memory.temp_size_in_bytes,
+        }
         report["kernels"] = text.count('custom_call_target="__gpu$xla.gpu.triton"')
         print(json.dumps(report), flush=True)
 

@@ -18,7 +18,7 @@ pytestmark = [
     ),
 ]
 SIZES = [(2048, 768, 16384, 32, "float32"), (8192, 4096, 131072, 64, "bfloat16")]
-KERNELS = {"topk": 4, "combine": 1, "dots": 1, "outer": 2, "combine_flat": 2, "dots_flat": 1}
+KERNELS = {"topk": 4, "combine": 1, "dots": 1, "outer": 2, "combine_flat": 2, "dots_flat": 1, "row_update": 1}
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -40,5 +40,6 @@ def test_compiles_for_an_h200(size):
     assert not reports["topk"]["sorts"]
     for name, kernels in KERNELS.items():
         assert reports[name]["kernels"] == kernels, name
+    assert reports["row_update"]["temporary"] < 1000  # in place
     for name in ("combine", "dots", "dots_flat", "outer"):
         assert reports[name]["temporary"] < b * k * d * 4 / 8, name  # no [B, k, D]
