@@ -14,11 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dlmscope_jax.compat import lower_for
+from dlmscope_jax.errors import UserError
+from dlmscope_jax.kernels import topk
 from dlmscope_jax.kernels.dispatch import Problem
+from dlmscope_jax.kernels.row_update import IMPLEMENTATIONS as UPDATES
 from dlmscope_jax.kernels.row_update import pallas_gpu as update
 from dlmscope_jax.kernels.row_update import reference as update_reference
 from dlmscope_jax.kernels.sparse_matmul import pallas_gpu as sparse
-from dlmscope_jax.kernels.sparse_matmul import reference
+from dlmscope_jax.kernels.sparse_matmul import products, reference
 from dlmscope_jax.kernels.topk import pallas_gpu as selection
 
 SPECIAL = np.array([0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, -np.nan, 1e-38, 3.5], np.float32)
@@ -215,6 +218,14 @@ def test_row_update_says_what_it_cannot_do():
     assert update.refuses(Problem(1, 131072, 1, 8192, jnp.bfloat16), "cuda") is None
     assert "this is cpu" in update.refuses(Problem(1, 64, 1, 8), "cpu")
     assert "rows of up to 8192" in update.refuses(Problem(1, 64, 1, 8193), "cuda")
+
+
+def test_they_are_in_the_tables_and_never_replaced():
+    for table in (products.COMBINE, products.DOTS, products.OUTER, products.COMBINE_FLAT, products.DOTS_FLAT, UPDATES):
+        assert "this is cpu" in table["pallas_gpu"].refuses(Problem(8, 64, 4, 8), "cpu")
+        assert table["pallas_gpu"].refuses(Problem(8, 64, 4, 8), "cuda") is None
+    with pytest.raises(UserError, match="topk: 'pallas_gpu' is a kernel for NVIDIA GPUs, this is cpu: use 'reference'"):
+        topk(jnp.zeros((2, 64)), 3, "pallas_gpu")
 
 
 SIZES = [(2048, 768, 16384, 32, "float32"), (8192, 4096, 131072, 64, "bfloat16")]
