@@ -1,65 +1,84 @@
-"""Conformance: every implementation of topk equals ``jax.lax.top_k`` bit for bit, ties, NaN and signed zeros included."""
+"""Top-k of rows: every implementation gives exactly what ``jax.lax.top_k`` gives, ties, NaN and signed zeros included."""
 
+from functools import partial
+
+import conformance
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conformance import check_topk, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dlmscope_jax.errors import UserError
 from dlmscope_jax.kernels import topk
-from dlmscope_jax.kernels.topk import IMPLEMENTATIONS, default_implementation, grouped
+from dlmscope_jax.kernels.dispatch import PLATFORMS, Problem, ran
+from dlmscope_jax.kernels.topk import IMPLEMENTATIONS, default, grouped
 
-NAMES = sorted(IMPLEMENTATIONS)
-# few distinct values, so that rows are full of ties; bit patterns because JSON-like floats lose signs
-SPECIAL = np.array([0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 1e-38, 3.5], np.float32)
-SHAPES_AND_K = [((3, 97), 4), ((2, 250), 16), ((1, 64), 1)]  # few shapes, few compilations
-compiled = jax.jit(topk, static_argnums=(1, 2))
-oracle = jax.jit(jax.lax.top_k, static_argnums=1)
+NAMES = sorted(conformance.TOPK)
+HERE = [name for name in NAMES if name not in conformance.INTERPRETED]
+COMPILED = {name: jax.jit(run, static_argnums=1) for name, run in conformance.TOPK.items()}
 
 
-def same(x, k, name):
-    values, indices = compiled(x, k, name)
-    want_values, want_indices = oracle(x, k)
-    np.testing.assert_array_equal(np.asarray(indices), np.asarray(want_indices))
-    assert values.dtype == x.dtype and indices.dtype == jnp.int32
-    np.testing.assert_array_equal(np.signbit(np.asarray(values, np.float32)), np.signbit(np.asarray(want_values, np.float32)))
-    np.testing.assert_array_equal(np.asarray(values, np.float32), np.asarray(want_values, np.float32))
+def supported(name, n_rows, width, k, dtype=jnp.float32):
+    platform = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}.get(name, "cpu")
+    if IMPLEMENTATIONS[name].refuses(Problem(n_rows, width, k, dtype=dtype), platform):
+        pytest.skip("says that it cannot")
 
 
-@pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=40, deadline=None)
-@given(case=st.sampled_from(SHAPES_AND_K), seed=st.integers(0, 2**31), special=st.booleans())
-def test_equals_lax_top_k(name, case, seed, special):
-    shape, k = case
-    rng = np.random.default_rng(seed)
-    x = SPECIAL[rng.integers(0, len(SPECIAL), shape)] if special else rng.normal(size=shape).astype(np.float32)
-    same(jnp.asarray(x), k, name)
+def test_every_implementation_is_held_against_the_definition():
+    assert set(conformance.TOPK) == set(IMPLEMENTATIONS)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_row_of_equal_entries_gives_the_lowest_indices(name):
-    _, indices = topk(jnp.zeros((2, 100)), 5, name)
-    np.testing.assert_array_equal(indices, np.tile(np.arange(5), (2, 1)))
+@settings(max_examples=15, deadline=None)
+@given(case=st.sampled_from([(3, 97, 4), (2, 250, 16)]), seed=st.integers(0, 2**31), kind=st.sampled_from(conformance.KINDS))
+def test_equals_lax_top_k(name, case, seed, kind):
+    n_rows, width, k = case  # few shapes, few compilations
+    check_topk(COMPILED[name], jnp.asarray(rows(kind, (n_rows, width), seed)), k)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_negative_nan_and_padding_rank_last(name):
-    row = np.full(66, np.nan, np.float32)
-    row = np.copysign(row, -1.0)  # the padding of the grouped form must not come before these
-    row[[7, 60]] = [-np.inf, -5.0]
-    same(jnp.asarray(row[None]), 8, name)
+@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize(("n_rows", "width", "k"), [(4, 1100, 32), (2, 4099, 300)])
+def test_rows_of_many_groups(name, n_rows, width, k):
+    """Shapes at which ``grouped`` searches maxima of maxima, and has more words than it compares with at once."""
+    for kind in conformance.KINDS:
+        check_topk(COMPILED[name], jnp.asarray(rows(kind, (n_rows, width))), k)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", HERE)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision(name, dtype):
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 130)), dtype)
-    same(x, 7, name)
+    for kind in ("normal", "special", "one value", "lowest"):
+        check_topk(COMPILED[name], jnp.asarray(rows(kind, (3, 130))).astype(dtype), 7)
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("n_rows", "width", "k"), [(2, 1, 1), (3, 37, 1), (1, 200, 1), (2, 33, 33), (1, 70, 69)])
+def test_one_winner_and_all_of_them(name, n_rows, width, k):
+    supported(name, n_rows, width, k)
+    for kind in ("normal", "special"):
+        check_topk(COMPILED[name], jnp.asarray(rows(kind, (n_rows, width))), k)
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_a_long_row(name):
+    """2^18 entries, of which the winners are few, late and tied."""
+    x = rows("normal", (1, 2**18 + 1))
+    x[:, -5000:] = np.round(4 + x[:, -5000:])
+    check_topk(COMPILED[name], jnp.asarray(x), 1024)
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_every_run_gives_the_same(name):
+    x = jnp.asarray(rows("two values", (8, 500)))
+    first = COMPILED[name](x, 20)
+    for _ in range(3):
+        jax.tree.map(np.testing.assert_array_equal, COMPILED[name](x, 20), first)
+
+
+@pytest.mark.parametrize("name", HERE)
 def test_leading_axes_and_vmap(name):
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 80)), jnp.float32)
     values, indices = topk(x, 4, name)
@@ -70,7 +89,7 @@ def test_leading_axes_and_vmap(name):
     np.testing.assert_array_equal(one, values[0, 0])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", HERE)
 def test_derivative_in_both_modes(name):
     rng = np.random.default_rng(2)
     x, w, t = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 90), (2, 6), (2, 90)))
@@ -100,15 +119,35 @@ def test_no_retrace_for_new_values():
     assert count == 1
 
 
-def test_defaults():
-    assert default_implementation(16384, 32, "cpu") == "grouped"
-    assert default_implementation(2048, 32, "cpu") == "reference"
-    assert default_implementation(16384, 8192, "cpu") == "reference"
-    assert default_implementation(16384, 32, "gpu") == "reference"
+@pytest.mark.parametrize(
+    ("width", "k", "cpu", "tpu", "cuda"),
+    [
+        (128, 4, "reference", "reference", "reference"),
+        (16384, 32, "grouped", "pallas_tpu", "pallas_gpu"),
+        (16384, 8192, "reference", "threshold", "threshold"),
+    ],
+)
+def test_defaults(width, k, cpu, tpu, cuda):
+    x = jax.ShapeDtypeStruct((64, width), jnp.float32)
+    for platform, name in zip(PLATFORMS, (cpu, tpu, cuda), strict=True):
+        assert ran(partial(topk, k=k), x, platform=platform) == {f"topk.{name}"}
 
 
-def test_group_size_is_near_the_optimum():
-    assert [grouped.group_size(n, k) for n, k in ((16384, 32), (64, 16), (100, 100))] == [16, 2, 1]
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_no_default_is_refused_and_none_on_an_accelerator_sorts_a_long_row(platform):
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
+        for width in (1, 5, 300, 1024, 4096, 16384, 2**20, 2**23):
+            for k in {1, 32, min(1024, width), width // 4 or 1, width} & set(range(width + 1)):
+                problem = Problem(8, width, k, dtype=dtype)
+                name = default(problem, platform)
+                assert IMPLEMENTATIONS[name].refuses(problem, platform) is None
+                assert platform == "cpu" or width <= 256 or name != "reference"
+
+
+def test_sizes_of_groups():
+    assert [grouped.group_size(n, k) for n, k in ((16384, 32), (2048, 32), (64, 16), (100, 100), (2**20, 32))] == [16, 8, 1, 1, 32]
+    for k in range(1, 1025):  # candidates are fewer than entries, so that the last sort is no longer than the row
+        assert grouped.slots(k) <= 4 * k or k < 6
 
 
 @pytest.mark.parametrize(
@@ -119,7 +158,8 @@ def test_group_size_is_near_the_optimum():
         (np.zeros((2, 5), np.int32), 2, None, "floating"),
         (np.float32(1), 1, None, "at least one axis"),
         (np.zeros((2, 5), np.float32), 2, "radix", "'radix' is not known"),
-        (np.zeros((2, 5), np.float32), 4, "grouped", "use 'reference'"),
+        (np.zeros((2, 5), np.float32), 4, "grouped", "needs at least 16 entries .* use 'reference' or 'threshold'"),
+        (np.zeros((2, 500), np.float32), 4, "pallas_tpu", "'pallas_tpu' .* use 'reference' or 'grouped' or 'threshold'"),
     ],
 )
 def test_mistakes(x, k, name, says):

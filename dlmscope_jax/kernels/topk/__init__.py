@@ -1,20 +1,8 @@
 """The k largest entries of each row: one contract, several implementations.
 
 Contract, that of ``jax.lax.top_k``: values descending; equal values by ascending index; floats in their total order, so
-that NaN (sign bit clear) ranks above +inf and 0.0 above -0.0. The wrapper owns shapes, the treatment of half
-precision and the derivative; an implementation sees a [B, N] matrix and nothing else.
-
-Record behind the defaults (medians, float32, jax 0.10.2, 2-core CPU, B = 2048):
-
-| N, k      | reference | grouped |
-|-----------|-----------|---------|
-| 2048, 32  | 20-21 ms  | 22-24 ms |
-| 4096, 32  | 28-30 ms  | 24-27 ms |
-| 16384, 32 | 79 ms     | 35 ms   |
-
-Inside a whole training step (D = 192, k = 32; CPU time on a busy machine) ``grouped`` costs 93 against 87 ms at N = 2048 and
-141 against 172 ms at N = 4096. Hence ``grouped`` on CPU from N = 4096 on. On other platforms nothing has been measured,
-so the reference is the default.
+that NaN (sign bit clear) ranks above +inf and 0.0 above -0.0. The wrapper owns shapes and the derivative; an
+implementation sees a [B, N] matrix and nothing else. Which is the default where, and why: README.md.
 """
 
 from functools import partial
@@ -24,23 +12,63 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dlmscope_jax.errors import UserError
+from dlmscope_jax.kernels import dispatch
+from dlmscope_jax.kernels.dispatch import Implementation, Problem
 
-from . import grouped, reference
+from . import grouped, reference, threshold
 
-IMPLEMENTATIONS = {"reference": reference.topk, "grouped": grouped.topk}
-_GROUPED_FROM_WIDTH_CPU = 4096
+_GROUPED_FROM_WIDTH_CPU = 1024
+_SHORT = 256  # rows up to here are sorted whole on accelerators: sorting candidates would sort as much
 
 
-def default_implementation(width: int, k: int, platform: str) -> str:
-    """The implementation that ``topk`` takes when none is named, for rows of ``width`` entries on ``platform``."""
-    if platform == "cpu" and width >= _GROUPED_FROM_WIDTH_CPU and grouped.supports(width, k):
-        return "grouped"
-    return "reference"
+def _pallas_tpu(x: Array, k: int) -> tuple[Array, Array]:
+    from . import pallas_tpu
+
+    return pallas_tpu.topk(x, k)
+
+
+def _pallas_gpu(x: Array, k: int) -> tuple[Array, Array]:
+    from . import pallas_gpu
+
+    return pallas_gpu.topk(x, k)
+
+
+def _refused_by_tpu(problem: Problem, platform: str) -> str | None:
+    from . import pallas_tpu
+
+    return pallas_tpu.refuses(problem, platform)
+
+
+def _refused_by_gpu(problem: Problem, platform: str) -> str | None:
+    from . import pallas_gpu
+
+    return pallas_gpu.refuses(problem, platform)
+
+
+IMPLEMENTATIONS = {
+    "reference": Implementation(reference.topk),
+    "grouped": Implementation(grouped.topk, grouped.refuses),
+    "threshold": Implementation(threshold.topk),
+    "pallas_tpu": Implementation(_pallas_tpu, _refused_by_tpu),
+    "pallas_gpu": Implementation(_pallas_gpu, _refused_by_gpu),
+}
+
+
+def default(problem: Problem, platform: str) -> str:
+    """The implementation that ``topk`` takes when none is named."""
+    if platform == "cpu":
+        fits = problem.width >= _GROUPED_FROM_WIDTH_CPU and grouped.refuses(problem, platform) is None
+        return "grouped" if fits else "reference"
+    if problem.width <= _SHORT:
+        return "reference"
+    kernel = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}[platform]
+    return next(name for name in (kernel, "grouped", "threshold") if IMPLEMENTATIONS[name].refuses(problem, platform) is None)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _select(x: Array, k: int, implementation: str) -> tuple[Array, Array]:
-    return IMPLEMENTATIONS[implementation](x, k)
+def _select(x: Array, k: int, implementation: str | None) -> tuple[Array, Array]:
+    problem = Problem(*x.shape, k, dtype=x.dtype)
+    return dispatch.run("topk", IMPLEMENTATIONS, default, problem, implementation, x, k=k)
 
 
 @_select.defjvp
@@ -58,7 +86,8 @@ def topk(x: Float[Array, "*batch N"], k: int, implementation: str | None = None)
     Args:
       x: floating point, at least one axis.
       k: how many, static, 1 <= k <= N.
-      implementation: ``"reference"`` or ``"grouped"``; None picks by platform and shape.
+      implementation: ``"reference"``, ``"grouped"``, ``"threshold"``, ``"pallas_tpu"`` or ``"pallas_gpu"``; None picks by platform,
+        dtype and shape.
 
     Returns:
       values [..., k] in the dtype of ``x`` and indices [..., k], int32.
@@ -71,15 +100,6 @@ def topk(x: Float[Array, "*batch N"], k: int, implementation: str | None = None)
     width = x.shape[-1]
     if not 1 <= k <= width:
         raise UserError(f"topk: k = {k} must lie between 1 and the {width} entries of a row")
-    platform = jax.default_backend()
-    name = implementation or default_implementation(width, k, platform)
-    if name not in IMPLEMENTATIONS:
-        raise UserError(f"topk: implementation {name!r} is not known: one of {', '.join(IMPLEMENTATIONS)}")
-    if name == "grouped" and not grouped.supports(width, k):
-        raise UserError(f"topk: 'grouped' needs at least {4 * k} entries a row for k = {k}, got {width}: use 'reference'")
-    rows = x.reshape(-1, width)
-    # XLA's CPU custom call knows float32 only; half precision there is a full sort, 25 to 100 times slower
-    widened = rows.astype(jnp.float32) if platform == "cpu" and rows.dtype.itemsize == 2 else rows
-    values, indices = _select(widened, k, name)
+    values, indices = _select(x.reshape(-1, width), k, implementation)
     shape = (*x.shape[:-1], k)
-    return values.astype(x.dtype).reshape(shape), indices.reshape(shape)
+    return values.reshape(shape), indices.reshape(shape)

@@ -23,9 +23,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dlmscope_jax.errors import UserError
+from dlmscope_jax.kernels import keys
 
-_UNSIGNED = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
-_WORD = 32
+from . import marks
+from .threshold import Bracket, enclose
+
 _SAMPLE = 16384  # entries looked at for the first guess
 _FEW = 16384  # entries that are taken out and finished by themselves
 
@@ -47,7 +49,7 @@ def topk_batch(pre: Float[Array, "B N"], count: int) -> tuple[Float[Array, " M"]
     if not 1 <= count <= pre.size < 2**31:
         raise UserError(f"topk_batch: count = {count} must lie between 1 and the {pre.size} entries, and those below 2^31")
     pre = jax.lax.stop_gradient(pre)
-    flat = _places(_chosen(pre.reshape(-1), jnp.int32(count)), count)
+    flat = marks.places(_chosen(pre.reshape(-1), jnp.int32(count)), count)
     rows, latents = jnp.divmod(flat, jnp.int32(pre.shape[1]))
     return pre[rows, latents], rows, latents
 
@@ -55,69 +57,27 @@ def topk_batch(pre: Float[Array, "B N"], count: int) -> tuple[Float[Array, " M"]
 def among_largest(values: Float[Array, " M"], count: int | Int[Array, ""]) -> Bool[Array, " M"]:
     """Whether each entry is among the ``count`` largest, which may be traced; ties to the lowest index, all for count >= M."""
     count = jnp.clip(jnp.asarray(count, jnp.int32), 1, values.shape[0])
-    words = _chosen(jax.lax.stop_gradient(values), count)
-    bits = (words[:, None] >> jnp.arange(_WORD, dtype=jnp.uint32)) & jnp.uint32(1)
-    return bits.reshape(-1)[: values.shape[0]] != 0
-
-
-def _key(x: Array) -> Array:
-    """Unsigned integers in the total order of the floats."""
-    unsigned = _UNSIGNED[x.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(x, unsigned)
-    sign = unsigned(1 << (8 * x.dtype.itemsize - 1))
-    return jnp.where(bits >= sign, ~bits, bits | sign)
-
-
-def _unkey(key: Array, dtype: jnp.dtype) -> Array:
-    """The inverse of ``_key``."""
-    sign = key.dtype.type(1 << (8 * key.dtype.itemsize - 1))
-    return jax.lax.bitcast_convert_type(jnp.where(key >= sign, key ^ sign, ~key), dtype)
+    return marks.unpack(_chosen(jax.lax.stop_gradient(values), count), values.shape[0])
 
 
 def _at_least(x: Array, bound: Array) -> Array:
-    """``x >= bound`` as bits: [n] -> [n / 32] words, the first entry in the lowest bit; zeros fill the last word.
+    """``x >= bound`` as bits (``marks.py``).
 
     The bound is a key, the comparison one of floats: an array of keys would be as large as the pre-activations. NaN counts as +inf,
     and nothing reaches a bound above +inf.
     """
-    value = _unkey(bound, x.dtype)
-    on = ~(x < value) & ~jnp.isnan(value)
-    on = jnp.pad(on, (0, -x.shape[0] % _WORD)).reshape(-1, _WORD).astype(jnp.uint32)
-    return (on << jnp.arange(_WORD, dtype=jnp.uint32)).sum(axis=1, dtype=jnp.uint32)
+    value = keys.unsortable(bound, x.dtype)
+    return marks.pack(~(x < value) & ~jnp.isnan(value))
 
 
-def _ones(words: Array) -> Array:
-    return jax.lax.population_count(words).astype(jnp.int32)
+def _narrow(x: Array, rank: Array, bracket: Bracket, few: int, probes: tuple[Array, ...] = ()) -> Bracket:
+    return enclose(lambda bound: marks.ones(_at_least(x, bound)).sum(), rank, bracket, rank, few, probes)
 
 
-def _enclose(x: Array, rank: Array, bracket: tuple[Array, ...], until: int, probes: tuple[Array, ...] = ()) -> tuple[Array, ...]:
-    """Narrows keys ``low < high`` around the entry of a rank: ``rank`` entries or more are >= low and fewer are >= high.
-
-    Ends when ``until`` entries or fewer are between, exactly ``rank`` are >= low, or nothing is between the keys. Takes
-    ``(low, high, n_low, n_high)`` and returns it; n is how many entries are >= the key.
-    """
-
-    def unfinished(state):
-        _, (low, high, n_low, n_high) = state
-        return (n_low > rank) & (high - low > 1) & (n_low - n_high > until)
-
-    def step(state):
-        i, (low, high, n_low, n_high) = state
-        probe = low + (high - low) // 2
-        if probes:
-            given = jnp.stack(probes)[jnp.minimum(i, len(probes) - 1)]
-            probe = jnp.where((i < len(probes)) & (given > low) & (given < high), given, probe)
-        n = _ones(_at_least(x, probe)).sum()
-        up = n >= rank
-        return i + 1, (jnp.where(up, probe, low), jnp.where(up, high, probe), jnp.where(up, n, n_low), jnp.where(up, n_high, n))
-
-    return jax.lax.while_loop(unfinished, step, (jnp.int32(0), bracket))[1]
-
-
-def _whole(x: Array) -> tuple[Array, ...]:
+def _whole(x: Array) -> Bracket:
     """The bracket that encloses every rank of ``x``."""
-    low, high = _key(jnp.array([-jnp.inf, jnp.inf], x.dtype))
-    return low, high + 1, jnp.int32(x.shape[0]), jnp.int32(0)
+    low, high = keys.sortable(jnp.array([-jnp.inf, jnp.inf], x.dtype))
+    return Bracket(low, high, jnp.int32(x.shape[0]), jnp.int32(0))
 
 
 def _probes(x: Array, rank: Array) -> tuple[Array, ...]:
@@ -127,42 +87,20 @@ def _probes(x: Array, rank: Array) -> tuple[Array, ...]:
     at = rank.astype(jnp.float32) * (sample.shape[0] / x.shape[0])
     margin = 3.0 * jnp.sqrt(at) + 1.0
     ranks = (jnp.clip(r.astype(jnp.int32), 1, sample.shape[0]) for r in (at + margin, at - margin))
-    return tuple(_enclose(sample, r, _whole(sample), 0)[0] for r in ranks)
+    return tuple(_narrow(sample, r, _whole(sample), 0).low for r in ranks)
 
 
 def _chosen(x: Array, count: Array) -> Array:
     """The ``count`` largest entries as bits; of equal ones the first."""
     if x.shape[0] <= 4 * _FEW:
-        low, high, _, n_high = _enclose(x, count, _whole(x), 0)
+        low, high, _, n_high = _narrow(x, count, _whole(x), 0)
     else:
-        low, high, n_low, n_high = _enclose(x, count, _whole(x), _FEW, _probes(x, count))
-        between = _at_least(x, low) & ~_at_least(x, high)
-        few = jnp.where(jnp.arange(_FEW) < n_low - n_high, x[_places(between, _FEW)], -jnp.inf)
+        low, high, n_low, n_high = _narrow(x, count, _whole(x), _FEW, _probes(x, count))
+        between = _at_least(x, low) & ~_at_least(x, high + 1)
+        few = jnp.where(jnp.arange(_FEW) < n_low - n_high, x[marks.places(between, _FEW)], -jnp.inf)
         # More than _FEW are between only if all are equal: nothing is left to narrow.
-        low, high, _, above = _enclose(few, count - n_high, (low, high, n_low - n_high, jnp.int32(0)), 0)
+        low, high, _, above = _narrow(few, count - n_high, Bracket(low, high, n_low - n_high, jnp.int32(0)), 0)
         n_high = n_high + above
-    above = _at_least(x, high)
+    above = _at_least(x, high + 1)
     level = _at_least(x, low) & ~above  # equal entries, or exactly as many as are missing
-    last = _place(level, jnp.cumsum(_ones(level)), count - n_high - 1)
-    word = jnp.arange(level.shape[0], dtype=jnp.int32)
-    upto = jnp.where(word == last // _WORD, ~jnp.uint32(0) >> (_WORD - 1 - last % _WORD).astype(jnp.uint32), jnp.uint32(0))
-    return above | level & jnp.where(word < last // _WORD, ~jnp.uint32(0), upto)
-
-
-def _places(words: Array, count: int) -> Array:
-    """The positions of the first ``count`` set bits, ascending."""
-    return _place(words, jnp.cumsum(_ones(words)), jnp.arange(count, dtype=jnp.int32))
-
-
-def _place(words: Array, ones: Array, j: Array) -> Array:
-    """The position of set bit number ``j`` (from 0), given the running count of ``ones`` up to and with each word."""
-    at = jnp.minimum(jnp.searchsorted(ones, j, side="right").astype(jnp.int32), words.shape[0] - 1)
-    word = words[at]
-    left = j - (ones[at] - _ones(word))
-    bit = jnp.zeros_like(left)
-    for half in (16, 8, 4, 2, 1):
-        lower = _ones(word & jnp.uint32((1 << half) - 1))
-        beyond = left >= lower
-        left, bit = left - jnp.where(beyond, lower, 0), bit + jnp.where(beyond, half, 0)
-        word = jnp.where(beyond, word >> half, word)
-    return at * _WORD + bit
+    return above | marks.first(level, count - n_high)

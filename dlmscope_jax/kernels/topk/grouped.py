@@ -1,12 +1,23 @@
-"""Exact top-k in two levels: maxima of groups first, then the entries of the k best groups.
+"""Exact top-k in two levels: maxima of groups first, then the entries of the groups with the largest ones.
 
-Rows are cut into consecutive groups of g. An entry among the k largest lies in a group whose maximum is among the k
-largest maxima (of equal entries the lower index wins, and so does the lower group), so only k * g candidates remain.
-Sorting the chosen group ids before gathering keeps candidates in index order, which is why ties come out as in
-``lax.top_k``. Work: one pass over N, then selections over N / g and k * g entries, least at g = sqrt(N / k).
+Algorithm. Rows are cut into consecutive groups of g. An entry among the k largest lies in a group whose maximum is among the k
+largest maxima (of equal entries the lower index wins, and so does the lower group). A few more groups than k do no harm, so a value is
+looked for by halving (``threshold.enclose``) that at least k and at most ``slots(k)`` maxima reach; if so many are
+equal that there is none, the first of the equal ones are taken. The groups are found by their rank (``marks.py``), in the order of
+their index, and with their entries the same is done again: no more than ``slots(k)`` candidates are left for ``lax.top_k``, which
+puts k of them in order.
+
+Where the maxima are many, the halvings begin on maxima of the maxima: on normal entries about ten are made there, and none or one after.
+
+Traffic of a row of N, in entries: N read; N / g written and read a few times, once a halving (at most 32 in float32);
+g slots(k) gathered, read a few times; the rest is of the size of k.
+
+Range: N >= 4 k, any float dtype, any platform; sorts ``slots(k)`` entries a row.
 
 Maxima are taken over order-preserving integer keys: a floating maximum may return either of 0.0 and -0.0 and does not
 order NaN by sign, either of which would break the exact order in rare rows.
+
+Measurement: README.md.
 """
 
 import math
@@ -15,41 +26,73 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-_BITS = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}
+from dlmscope_jax.kernels import keys
+from dlmscope_jax.kernels.dispatch import Problem
+
+from . import marks, reference
+from .threshold import Bracket, enclose
 
 
 def group_size(width: int, k: int) -> int:
-    """The power of two next to sqrt(N / k), at least 1."""
-    return 2 ** max(0, round(math.log2(max(1.0, math.sqrt(width / k)))))
+    """The power of two next to sqrt(N / slots(k)), from 1 to 32: beyond, XLA's CPU compiler no longer unrolls a maximum."""
+    return 2 ** min(5, max(0, round(math.log2(width / slots(k)) / 2)))
 
 
-def supports(width: int, k: int) -> bool:
-    """Whether two levels leave at most half of the entries as candidates, which holds from N = 4 k on."""
-    size = group_size(width, k)
-    return size >= 2 and 2 * k * size <= width
+def slots(k: int) -> int:
+    """How many groups, and how many candidates, are kept at most."""
+    return k + max(16, k // 2)
 
 
-def _key(x: Array) -> Array:
-    """Signed integers in the total order of the floats (an involution on the bits)."""
-    bits = jax.lax.bitcast_convert_type(x, _BITS[x.dtype.itemsize])
-    return jnp.where(bits < 0, bits ^ jnp.iinfo(bits.dtype).max, bits)
-
-
-def _unkey(key: Array, dtype) -> Array:
-    return jax.lax.bitcast_convert_type(jnp.where(key < 0, key ^ jnp.iinfo(key.dtype).max, key), dtype)
+def refuses(problem: Problem, platform: str) -> str | None:
+    """Two levels leave at most half of the entries from N = 4 k on."""
+    if problem.width >= 4 * problem.k:
+        return None
+    return f"needs at least {4 * problem.k} entries a row for k = {problem.k}, got {problem.width}"
 
 
 def topk(x: Array, k: int) -> tuple[Array, Array]:
-    """[B, N] -> values and indices [B, k]; see ``supports`` for the shapes it takes."""
+    """[B, N] -> values and indices [B, k]; see ``refuses`` for the shapes it takes."""
     rows, width = x.shape
-    size = group_size(width, k)
-    groups = -(-width // size)
-    # The padding is the smallest value there is, a NaN with the sign bit set, so that it never precedes an entry.
-    key = jnp.pad(_key(x), ((0, 0), (0, groups * size - width)), constant_values=jnp.iinfo(_BITS[x.dtype.itemsize]).min)
-    key = key.reshape(rows, groups, size)
-    _, chosen = jax.lax.top_k(_unkey(key.max(axis=2), x.dtype), k)
-    chosen = jnp.sort(chosen, axis=1)
-    candidates = _unkey(jnp.take_along_axis(key, chosen[:, :, None], axis=1).reshape(rows, k * size), x.dtype)
-    values, place = jax.lax.top_k(candidates, k)
-    indices = jnp.take_along_axis(chosen, place // size, axis=1) * size + place % size
-    return values, indices
+    size, room = group_size(width, k), slots(k)
+    # The padding is the smallest value there is, a NaN with the sign bit set, and comes last: it never precedes an entry.
+    lowest = keys.unsortable(jnp.zeros((), keys.UNSIGNED[x.dtype.itemsize]), x.dtype)
+    x = jnp.pad(x, ((0, 0), (0, -width % size)), constant_values=lowest)
+    groups = x.reshape(rows, -1, size)
+    # without these barriers XLA's CPU compiler takes the maxima and gathers the entries again in every pass over them
+    maxima = jax.lax.optimization_barrier(keys.sortable(groups).max(axis=2))
+    chosen, filled, low = _largest(maxima, k, room, _start(maxima, k))
+    entries = keys.sortable(jnp.take_along_axis(groups, chosen[:, :, None], axis=1))
+    entries = jnp.where(filled[:, :, None], entries, jnp.zeros((), entries.dtype)).reshape(rows, -1)
+    entries = jax.lax.optimization_barrier(entries)
+    places, filled, _ = _largest(entries, k, room, low)
+    key = jnp.where(filled, jnp.take_along_axis(entries, places, axis=1), jnp.zeros((), entries.dtype))
+    values, order = reference.topk(keys.unsortable(key, x.dtype), k)
+    places = jnp.take_along_axis(places, order, axis=1)
+    return values, jnp.take_along_axis(chosen, places // size, axis=1) * size + places % size
+
+
+def _start(maxima: Array, k: int) -> Array:
+    """A key that k or more maxima of each row reach, and not many more: from the maxima of 4 k groups of them, which are soon searched."""
+    factor = maxima.shape[1] // (4 * k)
+    if factor < 2:
+        return maxima.min(axis=1)
+    maxima = jnp.pad(maxima, ((0, 0), (0, -maxima.shape[1] % factor)))
+    maxima = jax.lax.optimization_barrier(maxima.reshape(maxima.shape[0], -1, factor).max(axis=2))
+    return _narrow(maxima, k, k + k // 8, maxima.min(axis=1)).low
+
+
+def _narrow(key: Array, k: int, fits: int, low: Array) -> Bracket:
+    def count(bound):
+        return marks.count(key >= bound[:, None])
+
+    rank = jnp.full(key.shape[0], k, jnp.int32)
+    return enclose(count, rank, Bracket(low, key.max(axis=1), count(low), jnp.zeros_like(rank)), fits)
+
+
+def _largest(key: Array, k: int, room: int, low: Array) -> tuple[Array, Array, Array]:
+    """Places [B, room] of the ``k`` largest keys of each row and perhaps some more, ascending; which of them are meant; a lower bound."""
+    low, high, _, n_high = _narrow(key, k, room, low)
+    above = marks.pack(key > high[:, None])
+    level = marks.pack((key >= low[:, None]) & (key <= high[:, None]))
+    words = above | marks.first(level, room - n_high)
+    return marks.places(words, room), jnp.arange(room) < marks.ones(words).sum(axis=1)[:, None], low
