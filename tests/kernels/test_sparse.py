@@ -8,7 +8,7 @@ import pytest
 from dlmscope_jax.errors import UserError
 from dlmscope_jax.kernels import decode, preactivations, topk, with_encoder_gradient
 from dlmscope_jax.kernels.dispatch import Problem, ran
-from dlmscope_jax.kernels.sparse_matmul import products
+from dlmscope_jax.kernels.sparse_matmul import gather, products
 
 NAMES = ["reference", "gather", "segments"]
 B, D, N, K = 7, 5, 24, 4
@@ -62,8 +62,10 @@ def test_encoder_gradient(case, name, subtract):
     close(jax.grad(sparse, wanted)(*arguments), jax.grad(dense, wanted)(*arguments))
 
 
-def test_the_sparse_gradient_has_no_dense_code(case):
+def test_the_sparse_gradient_has_no_dense_code(case, monkeypatch):
     """A cotangent [B, N], or a gathered [B, k, D], would show as an array of that shape in the compiled program."""
+    monkeypatch.setattr(gather, "_GATHERED", 2 * K * D)
+    jax.clear_caches()
 
     def loss(weight, out):
         pre = jax.lax.stop_gradient(preactivations(case["x"], weight, case["bias"], case["shift"]))
@@ -71,10 +73,16 @@ def test_the_sparse_gradient_has_no_dense_code(case):
         values = with_encoder_gradient(values, indices, case["x"], weight, case["bias"], case["shift"], "gather")
         return (decode(values, indices, out, "gather") ** 2).sum()
 
-    text = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(case["weight"], case["out"]))
-    products = [line for line in text.splitlines() if "dot_general" in line and f"f32[{B},{N}]" in line]
-    assert len(products) == 1  # the encoder's forward product and nothing else
-    assert f"f32[{B},{K},{D}]" not in text
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(case["weight"], case["out"]).as_text(dialect="hlo")
+    made = [line for line in text.splitlines() if " dot(" in line and f"= f32[{B},{N}]" in line]
+    assert len(made) == 1  # the encoder's forward product and nothing else
+    assert f"f32[{B},{K},{D}]" not in text and f"f32[2,{K},{D}]" in text
+
+
+def test_a_cpu_sums_by_latent_in_levels_where_the_sum_is_larger_than_its_cache():
+    shapes = [jax.ShapeDtypeStruct(s, t) for s, t in (((3, 4), jnp.float32), ((3, 4), jnp.int32), ((3, 512), jnp.float32))]
+    for width, name in ((16384, "outer.levels"), (16383, "outer.gather")):
+        assert ran(lambda v, i, r, width=width: products.outer(v, i, r, width), *shapes, platform="cpu") == {name}
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
-"""Sparse products as XLA loops that touch the chosen rows only: of row-sparse codes one of the k columns at a time, of flat ones chunks.
+"""Sparse products as XLA loops that touch the chosen rows only: of row-sparse codes a few columns at a time, of flat ones chunks.
 
     combine: out[b] = sum_j values[b, j] weight[indices[b, j]]        dots: out[b, j] = <rows[b], weight[indices[b, j]]>
     outer: out[n] = sum over (b, j) with indices[b, j] = n of values[b, j] rows[b]
 
-Memory traffic: k rows of [D] read for each of the B rows, and the temporary [B, D] (a chunk of flat pairs: [2048, D]) written and read
-k times, which stays in cache where it fits; ``outer`` reads and writes k B rows of [N, D]. Range: every shape and dtype; sums are
-float32. Sums are taken in a fixed order but for ``outer`` and ``combine_flat``, which scatter: on a CPU in a fixed order too, on
-accelerators in none, so there ``segments`` takes their place. Measurements: README.md.
+Memory traffic: k rows of [D] read for each of the B rows. ``combine`` adds eight columns of the code in one elementwise loop, so that its
+result [B, D] is read and written k / 8 times. ``dots`` holds [B, D], on a CPU a few rows' k gathered rows; flat forms hold [2048, D].
+``outer`` reads and writes k B rows of [N, D]. Range: every shape and dtype; sums are float32. Sums are taken in a fixed order but for
+``outer`` and ``combine_flat``, which scatter: on a CPU in a fixed order too, on accelerators in none, so there ``segments`` takes
+their place. Measurements: README.md.
 """
 
 import jax
@@ -15,30 +16,56 @@ from jax import Array
 
 from .reference import accumulator, zeros
 
-_CHUNK = 2048
+_CHUNK = 2048  # pairs of a flat code that are gathered at once
+_GATHERED = 2**19  # elements of the dictionary that ``dots`` gathers at once on a CPU
+_UNROLL = 8  # columns that ``combine`` adds before it writes the sum
 
 
 def combine(values: Array, indices: Array, weight: Array) -> Array:
     """[B, k], [B, k], [N, D] -> [B, D]."""
     dtype = accumulator(values, weight)
-    values = values.astype(dtype)
+    values, k = values.astype(dtype), values.shape[1]
 
     def add(j, total):
         return total + values[:, j, None] * weight[indices[:, j]].astype(dtype)
 
-    start = zeros((values.shape[0], weight.shape[1]), dtype, values, indices, weight)
-    return jax.lax.fori_loop(0, values.shape[1], add, start)
+    def several(step, total):
+        for j in range(_UNROLL):
+            total = add(k % _UNROLL + step * _UNROLL + j, total)
+        return total
+
+    total = zeros((values.shape[0], weight.shape[1]), dtype, values, indices, weight)
+    for j in range(k % _UNROLL):
+        total = add(j, total)
+    return jax.lax.fori_loop(0, k // _UNROLL, several, total)
 
 
 def dots(rows: Array, indices: Array, weight: Array) -> Array:
     """[B, D], [B, k], [N, D] -> [B, k]."""
+    return jax.lax.platform_dependent(rows, indices, weight, cpu=_dots_by_rows, default=_dots_by_columns)
+
+
+def _dots_by_columns(rows: Array, indices: Array, weight: Array) -> Array:
     dtype = accumulator(rows, weight)
     rows = rows.astype(dtype)
+    return jax.lax.map(lambda chosen: (rows * weight[chosen].astype(dtype)).sum(axis=1), indices.T).T
 
-    def column(chosen):
-        return row_sums(rows * weight[chosen].astype(dtype))
 
-    return jax.lax.map(column, indices.T).T
+def _dots_by_rows(rows: Array, indices: Array, weight: Array) -> Array:
+    """A few rows of the batch a step, each a product of a matrix [k, D] with a vector: a CPU has kernels for that, which sums are not."""
+    dtype = accumulator(rows, weight)
+    (b, k), d = indices.shape, weight.shape[1]
+    size = min(b, max(1, _GATHERED // max(1, k * d)))
+    steps = -(-b // size)
+
+    def cut(a):
+        return jnp.pad(a, ((0, steps * size - b), (0, 0))).reshape(steps, size, a.shape[1])
+
+    def some(pair):
+        some_rows, chosen = pair
+        return jnp.einsum("bkd,bd->bk", weight[chosen].astype(dtype), some_rows.astype(dtype), precision=jax.lax.Precision.HIGHEST)
+
+    return jax.lax.map(some, (cut(rows), cut(indices))).reshape(steps * size, k)[:b]
 
 
 def outer(values: Array, indices: Array, rows: Array, width: int) -> Array:
