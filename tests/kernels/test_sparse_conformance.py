@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sparse_conformance import CASES, FLAT, ROW_SPARSE, TABLES, Case, case, inputs, jitted, wanted
 
-from dlmscope_jax.kernels.sparse_matmul import gather, products
+from dlmscope_jax.kernels.sparse_matmul import gather, levels, products
 
 # Pallas kernels run interpreted, which is slow: on few cases here, and in test files of their own
 NAMES = [name for name in products.OUTER if not name.startswith("pallas")]
@@ -16,9 +16,10 @@ OPS = (*ROW_SPARSE, *FLAT)
 
 @pytest.fixture(autouse=True, scope="module")
 def small_chunks():
-    """Several chunks of pairs, the last one filled up."""
+    """Several chunks of pairs and several groups of latents, the last one filled up."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gather, "_CHUNK", 8)
+        patch.setattr(levels, "_GROUP", 16)
         yield
 
 

@@ -8,8 +8,8 @@ A row-sparse code is values and indices [B, k], a flat-sparse one M triples (val
 - ``outer``, ``outer_flat``: a code, transposed, times rows [B, D]: [N, D]
 - ``sums``: a code, transposed, times ones: [N]
 
-Implementations: ``reference`` (dense products), ``gather`` (XLA loops), ``segments`` (``gather``, but sums by latent in a fixed order where
-that one scatters), ``pallas_tpu``, ``pallas_gpu``. README.md has the rule of choice and what it rests on.
+Implementations: ``reference`` (dense products), ``gather`` (XLA loops), ``segments`` and ``levels`` (``gather``, but sums by latent in a
+fixed order where that one scatters; the second for caches), ``pallas_tpu``, ``pallas_gpu``. README.md has the rule of choice and what it rests on.
 """
 
 from collections.abc import Callable
@@ -21,11 +21,12 @@ from jaxtyping import Array, Float, Int
 from dlmscope_jax.kernels import dispatch
 from dlmscope_jax.kernels.dispatch import Implementation, Problem
 
-from . import gather, reference, segments
+from . import gather, levels, reference, segments
 
 # A dense product does N / k times the arithmetic of a sparse one; from this ratio on the sparse one is faster (README.md).
 _SPARSE_FROM = {"cpu": 16, "tpu": 256, "cuda": 256}
 _SPARSE_FROM_FLAT = _SPARSE_FROM | {"cpu": 8}
+_BEYOND_CACHE = 2**23  # elements of a sum by latent, 32 MB, from which on scattered additions reach memory each time (README.md)
 
 
 def _pallas(op: str, name: str) -> Implementation:
@@ -40,16 +41,16 @@ def _pallas(op: str, name: str) -> Implementation:
     return Implementation(run, lambda problem, platform: module().refuses(problem, platform))
 
 
-def _table(op: str, segments_form: Callable[..., Array]) -> dict[str, Implementation]:
-    runs = {"reference": getattr(reference, op), "gather": getattr(gather, op), "segments": segments_form}
+def _table(op: str, segments_form: Callable[..., Array], levels_form: Callable[..., Array]) -> dict[str, Implementation]:
+    runs = {"reference": getattr(reference, op), "gather": getattr(gather, op), "segments": segments_form, "levels": levels_form}
     return {name: Implementation(run) for name, run in runs.items()} | {name: _pallas(op, name) for name in ("pallas_tpu", "pallas_gpu")}
 
 
-COMBINE = _table("combine", gather.combine)
-DOTS = _table("dots", gather.dots)
-OUTER = _table("outer", segments.outer)
-COMBINE_FLAT = _table("combine_flat", segments.combine_flat)
-DOTS_FLAT = _table("dots_flat", gather.dots_flat)
+COMBINE = _table("combine", gather.combine, gather.combine)
+DOTS = _table("dots", gather.dots, gather.dots)
+OUTER = _table("outer", segments.outer, levels.outer)
+COMBINE_FLAT = _table("combine_flat", segments.combine_flat, levels.combine_flat)
+DOTS_FLAT = _table("dots_flat", gather.dots_flat, gather.dots_flat)
 SUMS = {"gather": Implementation(gather.sums_flat), "segments": Implementation(segments.sums_flat)}
 
 
@@ -65,7 +66,9 @@ def _rows_rule(problem: Problem, platform: str) -> str:
 def _outer_rule(problem: Problem, platform: str) -> str:
     if not sparse_wins(problem, platform):
         return "reference"
-    return "gather" if platform == "cpu" else "segments"
+    if platform != "cpu":
+        return "segments"
+    return "levels" if problem.width * problem.depth >= _BEYOND_CACHE else "gather"
 
 
 def _combine_flat_rule(problem: Problem, platform: str) -> str:

@@ -76,7 +76,7 @@ def segment_sum(segments: Segments, table: Float[Array, "B D"], width: int) -> F
 
 def outer(values: Array, indices: Array, rows: Array, width: int) -> Array:
     """[B, k], [B, k], [B, D] -> [N, D]."""
-    return segment_sum(_pairs(values, indices, width), rows, width)
+    return segment_sum(of_rows(values, indices, width), rows, width)
 
 
 def combine_flat(values: Array, rows: Array, latents: Array, weight: Array, n_rows: int) -> Array:
@@ -104,7 +104,7 @@ def sums_flat(values: Array, latents: Array, width: int) -> Array:
     return out.at[jnp.where(last, latents, nowhere)].set(total, mode="drop", unique_indices=True) if len(latents) else out
 
 
-def _pairs(values: Array, indices: Array, width: int) -> Segments:
+def of_rows(values: Array, indices: Array, width: int) -> Segments:
     """The pairs of a row-sparse code, sorted."""
     rows = jnp.repeat(jnp.arange(indices.shape[0], dtype=jnp.int32), indices.shape[1])
     return by_latent(values.reshape(-1), rows, indices.reshape(-1), width)
