@@ -56,36 +56,6 @@ else:
     )
 
 
-def test_a_whole_batch_divided_over_devices(run_with_devices):
-    """BatchTopK: the threshold over rows and latents of all devices, ties in row-major order, eight small sums in float32."""
-    run_with_devices(
-        SETUP
-        + """
-from dlmscope_jax.kernels.topk.threshold import batch_key, batch_threshold, ties_here
-
-def chosen(pre, count):
-    key, ties = batch_threshold(pre, count, ("data", "model"))
-    equal = batch_key(pre) == key
-    keep = ties_here(equal.sum(1), ties, ("data",), ("model",))
-    return (batch_key(pre) > key) | equal & (jnp.cumsum(equal, 1) <= keep[:, None])
-
-special = np.array([0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 3.5], np.float32)
-for (data, model), count, dtype in (((2, 2), 50, "float32"), ((1, 4), 3, "float32"), ((4, 1), 131, "bfloat16")):
-    f = sharded(partial(chosen, count=count), mesh_of(data, model), P("data", "model"), P("data", "model"))
-    for x in (rng.normal(size=(8, 28)), rng.integers(-1, 2, (8, 28)), special[rng.integers(0, 8, (8, 28))]):
-        x = jnp.asarray(x, dtype)
-        _, rows, latents = kernels.topk_batch(x, count)
-        want = np.zeros(x.shape, bool)
-        want[rows, latents] = True
-        np.testing.assert_array_equal(f(x), want)
-f = sharded(lambda pre: batch_threshold(pre, 50, ("data", "model")), mesh_of(2, 2), P("data", "model"), P())
-text = f.lower(jax.ShapeDtypeStruct((8, 2 * 1021), jnp.float32)).compile().as_text()
-assert collectives(text) == [("all-reduce", 4 * 15, 8)]
-""",
-        n_devices=4,
-    )
-
-
 DICTIONARY = """
 B, D, K = 6, 5, 4
 SPECS = {"W_enc": P("model"), "b_enc": P("model"), "W_dec": P("model"), "b_dec": P()}
