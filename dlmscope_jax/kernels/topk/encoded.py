@@ -43,13 +43,12 @@ def separate(x: Array, weight: Array, bias: Array, shift: Array | None, *, k: in
 
 def tile_width(rows: int, width: int, k: int) -> int:
     """Latents in a tile: tiles of nearly the same width that hold ``_TILE_ENTRIES`` at most, and k latents at least."""
-    most = max(k, _TILE_ENTRIES // rows, 1)
-    return -(-width // -(-width // most))
+    most = max(k, _TILE_ENTRIES // rows)
+    return max(k, -(-width // -(-width // most)))
 
 
 def tiled(x: Array, weight: Array, bias: Array, shift: Array | None, *, k: int, dtype) -> tuple[Array, Array]:
     width, tile = weight.shape[0], tile_width(x.shape[0], weight.shape[0], k)
-    tile = max(tile, k)
 
     def best(start, size):
         some, its_bias = (jax.lax.dynamic_slice_in_dim(a, start, size) for a in (weight, bias))
