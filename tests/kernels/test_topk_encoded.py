@@ -26,8 +26,8 @@ def integers(top=2):
 @pytest.mark.parametrize(("k", "dtype"), [(1, jnp.float32), (50, jnp.bfloat16), (50, jnp.float32)])
 def test_tiles_give_what_the_definition_gives(monkeypatch, width, k, dtype):
     monkeypatch.setattr(encoded, "tile_width", lambda rows, n, k: width)
-    x, weight, bias, shift = integers()
-    for shift in (shift, None) if dtype == jnp.float32 else (shift,):
+    x, weight, bias, some = integers()
+    for shift in (some, None) if dtype == jnp.float32 else (some,):
         want_values, want = jax.lax.top_k((x if shift is None else x - shift) @ weight.T + bias, k)
         values, indices = jax.jit(partial(encoded.tiled, k=k, dtype=dtype))(x, weight, bias, shift)
         np.testing.assert_array_equal(indices, want)

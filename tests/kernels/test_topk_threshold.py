@@ -148,7 +148,8 @@ SHARDED = """
                 np.testing.assert_array_equal(chosen(pre, count, over), want, err_msg=f"{over} {kind} {count}")
 
     def alone(pre):
-        return jax.shard_map(lambda p: batch_threshold(p, 40, ("data", "model")), mesh=mesh, in_specs=P("data", "model"), out_specs=P())(pre)
+        over = partial(jax.shard_map, mesh=mesh, in_specs=P("data", "model"), out_specs=P())
+        return over(lambda part: batch_threshold(part, 40, ("data", "model")))(pre)
 
     moved = collectives(jax.jit(alone).lower(pre).compile().as_text())
     print({c.op for c in moved}, sum(c.trips for c in moved), sum(c.operand_bytes * c.trips for c in moved))

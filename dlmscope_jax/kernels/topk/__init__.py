@@ -67,7 +67,7 @@ def default(problem: Problem, platform: str) -> str:
 
 @partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _select(x: Array, k: int, implementation: str | None) -> tuple[Array, Array]:
-    problem = Problem(*x.shape, k, dtype=x.dtype)
+    problem = Problem(x.shape[0], x.shape[1], k, dtype=x.dtype)
     return dispatch.run("topk", IMPLEMENTATIONS, default, problem, implementation, x, k=k)
 
 
