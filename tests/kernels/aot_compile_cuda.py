@@ -1,18 +1,20 @@
 """Compiles the kernels for an NVIDIA H200 that is not here, and prints what came out. Run by test_aot_cuda.py.
 
-python aot_compile_cuda.py B D N K DTYPE      prints one line of JSON a program
+python aot_compile_cuda.py kernels B D N K DTYPE      prints one line of JSON a program
+python aot_compile_cuda.py step topk|batch_topk|matryoshka ...
 """
 
 import json
+import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
 from programs import sorts
+from test_aot_step import traced_step
 
 from dlmscope_jax.compat import lower_for
 from dlmscope_jax.kernels.row_update import pallas_gpu as update
@@ -33,9 +35,13 @@ platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } device_description_
 """
 
 
+def device() -> jax.Device:
+    return topologies.get_topology_desc("", "cuda", target_config=H200, topology="1x1x1").devices[0]
+
+
 def programs(b: int, d: int, n: int, k: int, dtype: str) -> dict[str, tuple[Callable, ...]]:
     """Functions and the shapes and dtypes of their arguments, by name."""
-    sharding = jax.sharding.SingleDeviceSharding(topologies.get_topology_desc("", "cuda", target_config=H200, topology="1x1x1").devices[0])
+    sharding = jax.sharding.SingleDeviceSharding(device())
 
     def array(*shape: int, dtype: str = dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -63,21 +69,31 @@ def programs(b: int, d: int, n: int, k: int, dtype: str) -> dict[str, tuple[Call
     }
 
 
-def main(*arguments: str) -> None:
-    for name, (fn, *args) in programs(*map(int, arguments[:4]), arguments[4]).items():
-        started = time.perf_counter()
-        compiled = lower_for("cuda", fn, *args).compile()
-        text, memory = compiled.as_text(), compiled.memory_analysis()
+def lowered(what: str, arguments: list[str]) -> Iterator[tuple[str, jax.stages.Lowered]]:
+    if what == "step":
+        for name in arguments:
+            yield f"step of {name}", traced_step(name, device()).lower(lowering_platforms=("cuda",))
+    else:
+        for name, (fn, *args) in programs(*map(int, arguments[:4]), arguments[4]).items():
+            yield name, lower_for("cuda", fn, *args)
+
+
+def main(what: str, *arguments: str) -> None:
+    started = time.perf_counter()
+    for name, program in lowered(what, list(arguments)):
+        compiled = program.compile()
+        text = compiled.as_text()
         report = {
             "name": name,
             "seconds": time.perf_counter() - started,
-            "sorts": [sort.length for sort in sorts(text)],
-            "temporary": memory.temp_size_in_bytes,
+            "sorts": sorts(text),
+            "temporary": compiled.memory_analysis().temp_size_in_bytes,
+            "kernels": text.count('custom_call_target="__gpu$xla.gpu.triton"'),
+            "ran": sorted(set(re.findall(r"dlmscope\.(\w+\.\w+)", text))),
         }
-        report["kernels"] = text.count('custom_call_target="__gpu$xla.gpu.triton"')
         print(json.dumps(report), flush=True)
+        started = time.perf_counter()
 
 
 if __name__ == "__main__":
-    jnp.zeros(0)  # the CPU, before the compiler of a GPU is asked for
     main(*sys.argv[1:])
