@@ -36,7 +36,7 @@ from dlmscope_jax.kernels.row_update import IMPLEMENTATIONS as ROW_UPDATE
 from dlmscope_jax.kernels.sparse_matmul import products
 from dlmscope_jax.kernels.topk import IMPLEMENTATIONS as TOPK
 from dlmscope_jax.kernels.topk.encoded import IMPLEMENTATIONS as ENCODED
-from dlmscope_jax.kernels.topk.encoded import select_encoded
+from dlmscope_jax.kernels.topk.encoded import product, select_encoded
 
 LARGE = ("8192,4096,65536,64", "8192,4096,131072,64")
 QUICK = "16,32,256,4"
@@ -149,7 +149,7 @@ def batch_sides(s: Shape) -> Iterator[Side | str]:
 
 def encode_sides(s: Shape) -> Iterator[Side | str]:
     x, weight, bias = drawn(0, (s.b, s.d), s.dtype), drawn(1, (s.n, s.d), s.dtype), drawn(2, (s.n,), s.dtype)
-    yield Side("product", partial(jax.jit(kernels.preactivations), x, weight, bias))
+    yield Side("product", partial(jax.jit(partial(product, shift=None, dtype=x.dtype)), x, weight, bias))
     problem = dispatch.Problem(s.b, s.n, s.k, s.d, x.dtype)
     yield from named(ENCODED, problem, partial(select_encoded, shift=None, k=s.k, dtype=x.dtype), x, weight, bias)
 

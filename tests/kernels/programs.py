@@ -117,12 +117,17 @@ def sorts(text: str) -> list[Sort]:
 def _mover(line: Instruction) -> str | None:
     """The collective that it begins, unless every device is alone in its group."""
     op = line.op.removesuffix("-start")
-    if op not in MOVERS:
-        return None
-    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", line.attributes)
-    groups = [set(group.split(",")) for group in re.findall(r"\{([\d,]+)\}", listed[1])] if listed else []
-    alone = groups and all(len(group) == 1 for group in groups) or re.search(r"replica_groups=\[\d+,1\]<=", line.attributes)
-    return None if alone else op
+    return op if op in MOVERS and not _alone(line.attributes) else None
+
+
+def _alone(attributes: str) -> bool:
+    """Whether groups are of one device: as lists of devices, as a grid [groups, devices], or as axes of a mesh (jax 0.11.2)."""
+    if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", attributes):
+        return all(len(set(group.split(","))) == 1 for group in re.findall(r"\{([\d,]+)\}", listed[1]))
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"'([^']*)'=(\d+)", mesh[1]))
+        return all(sizes.get(axis.strip("'")) == "1" for axis in mesh[2].split(","))
+    return bool(re.search(r"replica_groups=\[\d+,1\]<=", attributes))
 
 
 def _parsed(text: str) -> tuple[str, dict[str, dict[str, Instruction]]]:

@@ -148,6 +148,8 @@ ENTRY %main (x: bf16[8,1021], y: f32[16]) -> (bf16[8,511], f32[64]) {
   %sent = (f32[16]{0}, f32[16]{0}, u32[]{:S(2)}) collective-permute-start(f32[16]{0:T(128)S(1)} %y), source_target_pairs={{0,1},{1,0}}
   %got = f32[16]{0:T(128)} collective-permute-done((f32[16]{0:T(128)}, f32[16]{0:T(128)}, u32[]{:S(2)}) %sent)
   %self = f32[16]{0:T(128)} all-reduce(%y), replica_groups=[4,1]<=[4], to_apply=%add
+  %one = f32[16]{0:T(128)} all-reduce(%y), replica_groups=mesh['a'=1,'b'=4] {'a'}, to_apply=%add
+  %four = f32[16]{0:T(128)} reduce-scatter(%y), replica_groups=mesh['a'=1,'b'=4] {'a','b'}, dimensions={0}, to_apply=%add
   %best = (bf16[8,5]{1,0:T(8,128)}, s32[8,5]{1,0:T(8,128)}) topk(%x), k=5, largest=true
   %lib = (f32[16]{0}, s8[99]{0}) custom-call(%y), custom_call_target="__cub$DeviceRadixSort"
   ROOT %out = (bf16[8,511]{1,0:T(8,128)(2,1)}, f32[64]{0:T(128)}) tuple(%fused, %end)
@@ -162,6 +164,7 @@ def test_forms_of_other_compilers():
         ("all-reduce", 2 * 8 * 1021, 1),
         ("collective-broadcast", 16, 1),
         ("collective-permute", 64, 1),
+        ("reduce-scatter", 64, 1),
     ]
     assert sorts(OTHER) == [(1021, 8 * 1021), (16, 16)]
 
