@@ -71,14 +71,17 @@ def share(dead: Bool[Array, " N"], k_aux: int) -> Float[Array, ""]:
 
 
 class WithAuxK(Dictionary):
-    """A dictionary that keeps k latents and has AuxK for its dead ones; fields ``k`` and ``k_aux`` (None: d_in / 2)."""
+    """A dictionary that keeps k latents and has AuxK for its dead ones; fields ``k``, ``k_aux`` (None: d_in / 2) and ``selection``."""
 
     k: int
     k_aux: int | None
+    selection: kernels.Selection
 
     def _check_k(self) -> None:
-        """As ``_check``, and k and k_aux at most the width."""
+        """As ``_check``, k and k_aux at most the width, and the selection one that there is."""
         self._check(("k",), ("k_aux",))
+        if self.selection not in kernels.SELECTIONS:
+            raise UserError(f"{type(self).__name__}: selection {self.selection!r} is not known: one of {', '.join(kernels.SELECTIONS)}")
         for field in ("k", "k_aux"):
             value = getattr(self, field)
             if value is not None and value > self.width:

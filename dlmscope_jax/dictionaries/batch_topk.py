@@ -34,6 +34,7 @@ class BatchTopK(WithAuxK):
     Attributes:
       k: active latents a row, on average over a training batch.
       k_aux: dead latents that one row's auxiliary reconstruction uses; None: d_in / 2.
+      selection: what factors the product has from which latents are chosen, ``"float32"`` or ``"bfloat16"``; values are float32 either way.
 
     Raises:
       UserError: sizes that are not positive, k or k_aux above the width, a skip without ``d_out``.
@@ -45,6 +46,7 @@ class BatchTopK(WithAuxK):
     d_out: int | None = None
     skip: bool = False
     k_aux: int | None = None
+    selection: kernels.Selection = "float32"
     input_bias: bool = False
     subtract: bool = True
     row_norm: RowNorm = "none"
@@ -80,10 +82,9 @@ class BatchTopK(WithAuxK):
         With a ``k`` of its own, which may be traced, the rest of the places for the dictionary's k hold zeros.
         """
         n_rows = x.shape[0]
-        chosen, rows, latents = kernels.topk_batch(self._preactivations(params, x), self.k * n_rows)
-        shift = self._shift(params)
-        values = kernels.with_flat_encoder_gradient(chosen, rows, latents, x, params["W_enc"], params["b_enc"], shift)
-        values = jax.nn.relu(values)
+        encoder = params["W_enc"], params["b_enc"], self._shift(params)
+        chosen, rows, latents = kernels.encode_topk_batch(x, *encoder, self.k * n_rows, selection=self.selection)
+        values = jax.nn.relu(chosen)
         if k is not None:
             values = jnp.where(among_largest(chosen, k * n_rows), values, 0.0)
         return FlatSparse(values, rows, latents, (n_rows,))

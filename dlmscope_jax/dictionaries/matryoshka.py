@@ -40,6 +40,7 @@ class Matryoshka(BatchTopK):
     skip: bool = False
     k_aux: int | None = None
     prefixes: tuple[int, ...] = ()
+    selection: kernels.Selection = "float32"
     input_bias: bool = False
     subtract: bool = True
     row_norm: RowNorm = "none"

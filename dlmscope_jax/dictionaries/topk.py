@@ -40,6 +40,8 @@ class TopK(WithAuxK):
         (circuit-tracer); ``"magnitude"``, the k largest in size, with their sign (SAELens' abstopk); ``"groups"``, the largest of each of
         k runs of N / k neighbours, negative ones cut to zero (sparsify's groupmax).
       multi_topk: adds 1/8 of the reconstruction error of 4 k latents (Multi-TopK), which keeps a dictionary usable at a larger k.
+      selection: what factors the product has from which latents are chosen, ``"float32"`` or ``"bfloat16"``; values are float32 either way.
+        Not with the rules ``"magnitude"`` and ``"groups"``.
 
     Raises:
       UserError: sizes that are not positive, k or k_aux above the width, a skip without ``d_out``.
@@ -53,6 +55,7 @@ class TopK(WithAuxK):
     k_aux: int | None = None
     rule: Literal["positive", "raw", "magnitude", "groups"] = "positive"
     multi_topk: bool = False
+    selection: kernels.Selection = "float32"
     input_bias: bool = False
     subtract: bool = True
     row_norm: RowNorm = "none"
@@ -67,24 +70,29 @@ class TopK(WithAuxK):
             raise UserError(f"TopK: rule 'groups' cuts the latents into k equal runs: k = {self.k} must divide width = {self.width}")
         if self.multi_topk and self.rule != "positive":
             raise UserError(f"TopK: multi_topk goes with the rule 'positive', not {self.rule!r}")
+        if self.selection != "float32" and self.rule in ("magnitude", "groups"):
+            raise UserError(f"TopK: selection {self.selection!r} goes with the rules 'positive' and 'raw', not {self.rule!r}")
 
     def _codes(self, params: dict, x: Float[Array, "B D"], train: bool = False) -> RowSparse:
         return self._keep(params, x, self.k)
 
     def _keep(self, params: dict, x: Float[Array, "B D"], k: int) -> RowSparse:
         """The k latents of each row, largest first, ties to the lowest index; the gradient is that of their pre-activations."""
-        pre = jax.lax.stop_gradient(self._preactivations(params, x))
+        encoder = params["W_enc"], params["b_enc"], self._shift(params)
+        if self.rule in ("positive", "raw"):
+            values, indices = kernels.encode_topk(x, *encoder, k, selection=self.selection)
+        else:
+            values, indices = self._by_another_rule(jax.lax.stop_gradient(kernels.preactivations(x, *encoder)), k)
+            values = kernels.with_encoder_gradient(values, indices, x, *encoder)
+        return RowSparse(jax.nn.relu(values) if self.rule in ("positive", "groups") else values, indices)
+
+    def _by_another_rule(self, pre: Float[Array, "B N"], k: int) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
+        """Values and indices that the rules "groups" and "magnitude" keep."""
         if self.rule == "groups":
             runs = pre.reshape(len(pre), k, -1)
-            indices = runs.argmax(axis=2).astype(jnp.int32) + jnp.arange(k, dtype=jnp.int32) * runs.shape[2]
-            values = runs.max(axis=2)
-        elif self.rule == "magnitude":
-            indices = kernels.topk(jnp.abs(pre), k)[1]
-            values = jnp.take_along_axis(pre, indices, axis=1)
-        else:
-            values, indices = kernels.topk(pre, k)
-        values = kernels.with_encoder_gradient(values, indices, x, params["W_enc"], params["b_enc"], self._shift(params))
-        return RowSparse(jax.nn.relu(values) if self.rule in ("positive", "groups") else values, indices)
+            return runs.max(axis=2), runs.argmax(axis=2).astype(jnp.int32) + jnp.arange(k, dtype=jnp.int32) * runs.shape[2]
+        indices = kernels.topk(jnp.abs(pre), k)[1]
+        return jnp.take_along_axis(pre, indices, axis=1), indices
 
     def loss(
         self,

@@ -2,13 +2,13 @@
 
     values, indices = topk_k(W (x - shift) + bias)
 
-The [B, N] pre-activations are made without gradient; backwards nothing of that size arises (``sparse_matmul``).
+The pre-activations are made without gradient, and backwards nothing of the size [B, N] arises (``sparse_matmul``).
 
 With ``selection="bfloat16"`` the product that selects has bf16 factors, twice to eight times as fast where there are units for it, and
-the k winners' values are computed again in float32, as row dots. Which latents win may then differ where two pre-activations are
-within a bf16 rounding of each other (1 part in 256 of |x| |w|); the values that the loss sees are those of float32 either way.
+the values of the winners are computed again in float32, as row dots. Which latents win may then differ where two pre-activations
+are within a rounding of each other; the values that the loss sees are those of float32 either way.
 
-Traffic: as ``preactivations``, and for bf16 another k rows of [D] for each row of x. Measurements: README.md of ``sparse_matmul``.
+Traffic: that of ``topk.encoded``, and for bf16 another k rows of the dictionary for each row of x. Measurements: the READMEs there.
 """
 
 from typing import Literal
@@ -19,9 +19,10 @@ from jaxtyping import Array, Float, Int
 
 from dlmscope_jax.errors import UserError
 
-from . import sparse_matmul
 from .preactivations import preactivations
-from .topk import topk
+from .sparse_matmul import dots, dots_flat, with_encoder_gradient, with_flat_encoder_gradient
+from .topk.batch import topk_batch
+from .topk.encoded import select_encoded
 
 Selection = Literal["float32", "bfloat16"]
 SELECTIONS: tuple[Selection, ...] = ("float32", "bfloat16")
@@ -37,28 +38,57 @@ def encode_topk(
     selection: Selection = "float32",
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
-    """The k largest pre-activations of each row and their latents, with the encoder's gradient at them.
+    """The k largest pre-activations of each row and their latents, with the encoder's gradient at them (reverse mode).
 
-    In float32 they come as ``lax.top_k`` orders them, ties to the lowest index. With bf16 that is the order of the rounded
-    pre-activations, by which they were chosen; their values, recomputed, may be out of order by a rounding.
+    In float32 they come as ``lax.top_k`` orders them, ties to the lowest index. With bf16 they come in the order of the rounded
+    pre-activations, by which they were chosen; their values, computed again, may be out of order by a rounding.
 
     Args:
       k: static, 1 <= k <= N.
-      selection: the dtype of the product that selects.
-      implementation: of the selection, as for ``topk``; None picks by platform and shape.
+      selection: what the pre-activations that are compared are rounded to.
+      implementation: of the selection, as for ``topk.encoded.select_encoded``.
 
     Raises:
-      UserError: a selection that is unknown; what ``topk`` raises.
+      UserError: a selection that is unknown; what ``select_encoded`` raises.
     """
     check_selection("encode_topk", selection)
-    fixed = jax.lax.stop_gradient((x, weight, bias, shift))
+    values, indices = select_encoded(x, weight, bias, shift, k, dtype=selection, implementation=implementation)
+    if selection != "float32":
+        x_, weight_, bias_, shift_ = jax.lax.stop_gradient((x, weight, bias, shift))
+        values = dots(x_ if shift_ is None else x_ - shift_, indices, weight_) + bias_[indices]
+    return with_encoder_gradient(values, indices, x, weight, bias, shift), indices
+
+
+def encode_topk_batch(
+    x: Float[Array, "B D"],
+    weight: Float[Array, "N D"],
+    bias: Float[Array, " N"],
+    shift: Float[Array, " D"] | None,
+    count: int,
+    *,
+    selection: Selection = "float32",
+) -> tuple[Float[Array, " M"], Int[Array, " M"], Int[Array, " M"]]:
+    """The ``count`` largest pre-activations of all rows, ``(values, rows, latents)`` as ``topk_batch`` orders them, with their gradient.
+
+    With bf16 only the factors are rounded. The sums that are compared are float32: rounded ones would tie by the thousand at the
+    least that is kept, and ties go to the first rows.
+
+    Args:
+      count: static, 1 <= count <= B N.
+      selection: what the factors of the product that selects are rounded to.
+
+    Raises:
+      UserError: a selection that is unknown; what ``topk_batch`` raises.
+    """
+    check_selection("encode_topk_batch", selection)
+    x_, weight_, bias_, shift_ = jax.lax.stop_gradient((x, weight, bias, shift))
     if selection == "float32":
-        values, indices = topk(preactivations(*fixed), k, implementation)
+        values, rows, latents = topk_batch(preactivations(x_, weight_, bias_, shift_), count)
     else:
-        _, indices = topk(rounded_preactivations(*fixed), k, implementation)
-        rows = fixed[0] if shift is None else fixed[0] - fixed[3]
-        values = sparse_matmul.dots(rows, indices, fixed[1]) + fixed[2][indices]
-    return sparse_matmul.with_encoder_gradient(values, indices, x, weight, bias, shift), indices
+        shifted = x_ if shift_ is None else x_ - shift_
+        _, rows, latents = topk_batch(_of_rounded(shifted, weight_) + bias_, count)
+        values = dots_flat(shifted, rows, latents, weight_) + bias_[latents]
+    return with_flat_encoder_gradient(values, rows, latents, x, weight, bias, shift), rows, latents
 
 
 def check_selection(what: str, selection: str) -> None:
@@ -67,8 +97,7 @@ def check_selection(what: str, selection: str) -> None:
         raise UserError(f"{what}: selection {selection!r} is not known: one of {', '.join(SELECTIONS)}")
 
 
-def rounded_preactivations(x: Array, weight: Array, bias: Array, shift: Array | None) -> Float[Array, "B N"]:
-    """``preactivations`` with both factors of the product rounded to bf16; added in float32. Not differentiable."""
-    rows = (x if shift is None else x - shift).astype(jnp.bfloat16)
+def _of_rounded(rows: Array, weight: Array) -> Array:
+    """``rows @ weight.T`` of factors rounded to bf16, added in float32."""
     axes = (((1,), (1,)), ((), ()))
-    return jax.lax.dot_general(rows, weight.astype(jnp.bfloat16), axes, preferred_element_type=jnp.float32) + bias
+    return jax.lax.dot_general(rows.astype(jnp.bfloat16), weight.astype(jnp.bfloat16), axes, preferred_element_type=jnp.float32)

@@ -85,6 +85,8 @@ class Dictionary:
     multi_topk: bool | None = None
     # topk, batch_topk, matryoshka: dead latents that revive together
     k_aux: int | None = None
+    # topk, batch_topk, matryoshka: what factors the product has from which latents are chosen; values are float32 either way
+    selection: Literal["float32", "bfloat16"] | None = None
     # matryoshka: numbers of latents that must do on their own
     prefixes: tuple[int, ...] | None = None
     # relu: the penalty weighs decoder norms, which are then free
@@ -131,7 +133,8 @@ LEVELS: dict[str, tuple[str, ...]] = {
 _LISTS = ("k", "sparsity", "target_l0", "entropy", "covariance", "seeds")
 _K = ("topk", "batch_topk", "matryoshka")
 _OPTIONS: dict[str, tuple[str, ...]] = {
-    "rule": ("topk",), "multi_topk": ("topk",), "k_aux": _K, "prefixes": ("matryoshka",), "k_start": _K, "k_anneal_steps": _K,
+    "rule": ("topk",), "multi_topk": ("topk",), "k_aux": _K, "selection": _K, "prefixes": ("matryoshka",),
+    "k_start": _K, "k_anneal_steps": _K,
     "norm_weighted": ("relu",), "error": ("relu",), "ghost": ("relu",), "sparsity_warmup": ("relu", "gated", "jumprelu"),
     "penalty": ("jumprelu",), "bandwidth": ("jumprelu",), "preactivation": ("jumprelu",), "estimator": ("binary",),
     "temperature": ("binary",), "bits": ("binary",), "follows": ("binary",), "entropy_start": ("binary",),

@@ -17,8 +17,8 @@ _KINDS = {kind.KIND: kind for kind in (TopK, BatchTopK, Matryoshka, ReLU, JumpRe
 _SHORT = {"k": "k", "sparsity": "s", "target_l0": "l", "entropy": "e", "covariance": "c"}
 # fields of a dictionary, of its training, and of its loss that a section may set
 _OF_DICTIONARY = (
-    "skip", "input_bias", "subtract", "row_norm", "rule", "multi_topk", "k_aux", "prefixes", "norm_weighted", "error", "ghost", "penalty",
-    "bandwidth", "estimator", "temperature", "bits", "follows",
+    "skip", "input_bias", "subtract", "row_norm", "rule", "multi_topk", "k_aux", "selection", "prefixes", "norm_weighted", "error", "ghost",
+    "penalty", "bandwidth", "estimator", "temperature", "bits", "follows",
 )  # fmt: skip
 _OF_TRAINING = ("lr", "optimizer", "sparsity_warmup", "entropy_start", "k_start", "k_anneal_steps", "resample_every")
 _OF_RECIPE = (
