@@ -32,7 +32,7 @@ def compiled(program: str, topology: str) -> dict:
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    done = subprocess.run([sys.executable, __file__, program, topology], env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run([sys.executable, __file__, program, topology], env=environment, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
     lengths = sorted({length for length, _ in report["sorts"]})

@@ -40,7 +40,7 @@ PROGRAMS = {
     "sum of two": lambda x: sum_up((x, x[:, :3] * 2)),
     "loop in a loop": loop(5, lambda x: jax.lax.ppermute(loop(3, lambda x: jnp.tanh(sum_up(x)))(x), "model", ring)),
     "in a branch": lambda x: jax.lax.cond(x.shape[0] < jax.lax.axis_index("data") + x[0, 0], sum_up, lambda x: x * 2, x),
-    "alone": lambda x: jax.lax.psum(jax.lax.all_gather(x, "data", axis=0, tiled=True), "data"),
+    "alone": lambda x: jax.lax.ppermute(jax.lax.psum(jax.lax.all_gather(x, "data", axis=0, tiled=True), "data"), "data", [(0, 0)]),
     "unknown": until(sum_up),
     "unknown without": until(lambda x: x * 2),
     "condition": lambda x: jax.lax.while_loop(lambda c: c[0] < 6 + 0 * sum_up(c[1]).sum(), lambda c: (c[0] + 1, c[1] * 2), (0.0, x))[1],
