@@ -19,7 +19,8 @@ at most 32 (16 in half precision).
 Range: float32, bfloat16, float16; k up to 1,024; N up to 2^22; any number of rows. Outside of it, ``refuses`` says why.
 
 Not measured: no such device was at hand. Held against ``lax.top_k`` in Pallas' interpreter and compiled ahead of time for an H200
-(jax 0.10.2), where the first kernel reads 16 bytes a load and temporary memory is
+(jax 0.10.2; the first row on 0.11.2 too). No kernel of these two programs spills registers, and what is read in order is read 16
+bytes a load. Temporary memory:
 
 | B, N, k, dtype               | ``lax.top_k``            | here           |
 |------------------------------|--------------------------|----------------|
