@@ -11,6 +11,8 @@ with bfloat16 moments. In place where the caller donates.
 Range: rows of up to 8,192 entries (16 a thread with 16 warps), any number of them, float32 weights and gradients, float32 or bfloat16
 moments. Outside of it, ``refuses`` says why. Moments in bfloat16 are rounded as everywhere (``rounding``).
 
+XLA cannot divide a kernel: what ``jit`` holds on several devices is gathered first. Inside ``shard_map`` nothing is moved.
+
 Not measured: no such device was at hand. Held against the reference in Pallas' interpreter and compiled ahead of time for an H200.
 """
 

@@ -14,6 +14,8 @@ that the L2 cache holds (B D of ``outer``, often) come from there. No [B, k, D] 
 
 Range: dictionaries and rows in float32, bfloat16 or float16, any sizes; sums are float32. A NaN stays with the rows that it belongs to.
 
+XLA cannot divide a kernel: what ``jit`` holds on several devices is gathered first. Inside ``shard_map`` nothing is moved.
+
 Not measured: no such device was at hand. Held against the dense products in Pallas' interpreter and compiled ahead of time for an H200.
 """
 
