@@ -18,8 +18,8 @@ at most 32 (16 in half precision).
 
 Range: float32, bfloat16, float16; k up to 1,024; N up to 2^22; any number of rows. Outside of it, ``refuses`` says why.
 
-XLA cannot divide a kernel: rows that ``jit`` holds on several devices are gathered to each of them first (67 MB from each of two at the first
-shape below, compiled for two H200), where the other implementations move [B, k]. Inside ``shard_map`` nothing is moved.
+XLA cannot divide a kernel: rows that ``jit`` holds on several devices are gathered to each of them first (67 MB from each of two at the
+first shape below, compiled for two H200), where the other implementations move [B, k]. Inside ``shard_map`` nothing is moved.
 
 Not measured: no such device was at hand. Held against ``lax.top_k`` in Pallas' interpreter and compiled ahead of time for an H200
 (jax 0.10.2; the first row on 0.11.2 too). No kernel of these two programs spills registers, and what is read in order is read 16
