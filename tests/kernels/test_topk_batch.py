@@ -50,7 +50,7 @@ def large(name):
     if name == "one row holds all":
         return x + np.where(np.arange(70) == 33, 100.0, 0.0)[:, None].astype(np.float32)
     if name == "misleading sample":
-        x[:] = -x**2
+        x[:] = -(x**2)
         stride = x.size // batch._SAMPLE | 1
         x.reshape(-1)[::stride] = 50.0 + rng.random(len(x.reshape(-1)[::stride]))
     return x

@@ -86,7 +86,9 @@ def _narrow(key: Array, k: int, fits: int, low: Array) -> Bracket:
         return marks.count(key >= bound[:, None])
 
     rank = jnp.full(key.shape[0], k, jnp.int32)
-    return enclose(count, rank, Bracket(low, key.max(axis=1), count(low), jnp.zeros_like(rank)), fits)
+    bracket = Bracket(low, key.max(axis=1), count(low), jnp.zeros_like(rank))
+    # the next key first: in rows that are mostly zero, or -inf where latents are masked, the lowest value is often that of rank k
+    return enclose(count, rank, bracket, fits, probes=(low + 1,))
 
 
 def _largest(key: Array, k: int, room: int, low: Array) -> tuple[Array, Array, Array]:
