@@ -345,6 +345,15 @@ def main() -> None:
         shapes = shapes_of(args.shapes, args.dtype, args.quick)
     except argparse.ArgumentTypeError as error:
         parser.exit(2, f"bench_kernels: --shapes: {error}\n")
+    packages = [name for name in ("jax", "jaxlib", "torch", "triton", "eai-sparsify") if importlib.util.find_spec(name.split("-")[-1])]
+    where = {
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+    print(f"{where['device']}, {where['cores']} cores, {', '.join(f'{name} {version}' for name, version in where['versions'].items())}")
     results: dict[str, list[dict]] = {name: [] for name in args.primitives}
     for shape in shapes:
         for name in args.primitives:
@@ -352,16 +361,7 @@ def main() -> None:
             results[name].append(found)
             print(table(name, found), flush=True)
     if args.json:
-        packages = [name for name in ("jax", "jaxlib", "torch", "triton", "eai-sparsify") if importlib.util.find_spec(name.split("-")[-1])]
-        record = {
-            "results": results,
-            "device": jax.devices()[0].device_kind,
-            "versions": {name: importlib.metadata.version(name) for name in packages},
-            "python": platform.python_version(),
-            "cores": os.cpu_count(),
-            "machine": platform.machine(),
-        }
-        args.json.write_text(json.dumps(record, indent=2) + "\n")
+        args.json.write_text(json.dumps(where | {"results": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ divided. Then its gradient is the sum over the shards; where nobody asks for tha
 Traffic between devices: forward the [B, D] sum; backward [D] for the pre-encoder bias, [B, D] for the gradient of the rows where
 it is wanted. A shard reads the dictionary rows of all its candidates, of those that lost as well, with the value 0.
 
-Range: that of ``kernels.decode`` and ``kernels.with_encoder_gradient``; inside ``jax.shard_map`` with ``check_vma`` on or off
-(kernels written in Pallas need it off). Not measured: no two devices were at hand.
+Range: that of ``kernels.decode`` and ``kernels.encode_topk`` with selection in float32; inside ``jax.shard_map`` with ``check_vma`` on or
+off (compiled for TPUs with it off). Not measured: no two devices were at hand.
 """
 
 from functools import partial
