@@ -77,7 +77,10 @@ def _narrow(x: Array, rank: Array, bracket: Bracket, few: int, probes: tuple[Arr
 def _whole(x: Array) -> Bracket:
     """The bracket that encloses every rank of ``x``."""
     low, high = keys.sortable(jnp.array([-jnp.inf, jnp.inf], x.dtype))
-    return Bracket(low, high, jnp.int32(x.shape[0]), jnp.int32(0))
+    some = keys.sortable(x[0])
+    zero = some - some  # varies over the mesh axes that the entries vary over, as a loop needs it
+    none = zero.astype(jnp.int32)
+    return Bracket(low + zero, high + zero, x.shape[0] + none, none)
 
 
 def _probes(x: Array, rank: Array) -> tuple[Array, ...]:
@@ -99,7 +102,7 @@ def _chosen(x: Array, count: Array) -> Array:
         between = _at_least(x, low) & ~_at_least(x, high + 1)
         few = jnp.where(jnp.arange(_FEW) < n_low - n_high, x[marks.places(between, _FEW)], -jnp.inf)
         # More than _FEW are between only if all are equal: nothing is left to narrow.
-        low, high, _, above = _narrow(few, count - n_high, Bracket(low, high, n_low - n_high, jnp.int32(0)), 0)
+        low, high, _, above = _narrow(few, count - n_high, Bracket(low, high, n_low - n_high, n_low - n_low), 0)
         n_high = n_high + above
     above = _at_least(x, high + 1)
     level = _at_least(x, low) & ~above  # equal entries, or exactly as many as are missing

@@ -86,7 +86,8 @@ def _narrow(key: Array, k: int, fits: int, low: Array) -> Bracket:
         return marks.count(key >= bound[:, None])
 
     rank = jnp.full(key.shape[0], k, jnp.int32)
-    bracket = Bracket(low, key.max(axis=1), count(low), jnp.zeros_like(rank))
+    n_low = count(low)
+    bracket = Bracket(low, key.max(axis=1), n_low, n_low - n_low)  # a zero that varies over the same mesh axes, as a loop needs it
     # the next key first: in rows that are mostly zero, or -inf where latents are masked, the lowest value is often that of rank k
     return enclose(count, rank, bracket, fits, probes=(low + 1,))
 

@@ -66,7 +66,8 @@ def kth(count: Callable[[Array], Array], rank: Int[Array, "*rows"], dtype) -> tu
         above = jnp.maximum(above, jnp.where(enough, 0, reached).max(axis=0))
         return key | enough.sum(axis=0, dtype=unsigned) << shift, above
 
-    return jax.lax.fori_loop(0, steps, step, (jnp.zeros(rank.shape, unsigned), jnp.zeros_like(rank)))
+    # the first step is outside of the loop, so that what it carries varies over the same mesh axes as the counts
+    return jax.lax.fori_loop(1, steps, step, step(jnp.int32(0), (jnp.zeros(rank.shape, unsigned), jnp.zeros_like(rank))))
 
 
 class Bracket(NamedTuple):
