@@ -3,7 +3,9 @@
 A table holds the implementations of an operation; each says of a problem and a platform whether it refuses. A name is
 checked against the machine's own platform and works or raises, it is never replaced. Without a name the operation's rule
 picks for every platform, and the lowering takes the one that fits: a program that is compiled for a TPU on a machine
-without one gets the TPU's choice. No state is kept; what was chosen is written into the program, where ``ran`` reads it.
+without one gets the TPU's choice. What was chosen is written into the program, where ``ran`` reads it.
+
+A program that is divided over several devices calls Pallas kernels inside of ``jax.shard_map``: no compiler can divide them.
 
 Platforms are named as ``jax.lax.platform_dependent`` names them: ``"cpu"``, ``"tpu"``, ``"cuda"``.
 """

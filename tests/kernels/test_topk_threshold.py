@@ -117,7 +117,7 @@ SHARDED = """
     sys.path.insert(0, "tests/kernels")
     from conformance import rows
     from programs import collectives
-    from dlmscope_jax.kernels import topk_batch
+    from dlmscope_jax.kernels import topk, topk_batch
     from dlmscope_jax.kernels.topk.threshold import batch_key, batch_threshold, ties_here
 
     mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model"))
@@ -147,6 +147,12 @@ SHARDED = """
                 want[at_rows, latents] = True
                 np.testing.assert_array_equal(chosen(pre, count, over), want, err_msg=f"{over} {kind} {count}")
 
+    x = jnp.asarray(rows("normal", (4, 1100)))
+    for run in (lambda x: topk(x, 8, "grouped"), lambda x: topk(x, 8, "threshold"), lambda x: topk_batch(x, 30)):
+        mapped = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=P("data"), out_specs=P("data")))(x)
+        parts = [jax.jit(run)(part) for part in jnp.split(x, 2)]
+        jax.tree.map(np.testing.assert_array_equal, mapped, jax.tree.map(lambda *both: jnp.concatenate(both), *parts))
+
     def alone(pre):
         over = partial(jax.shard_map, mesh=mesh, in_specs=P("data", "model"), out_specs=P())
         return over(lambda part: batch_threshold(part, 40, ("data", "model")))(pre)
@@ -157,5 +163,5 @@ SHARDED = """
 
 
 def test_across_shards_with_one_sum_a_digit(run_with_devices):
-    """Rows divided, latents divided, and both: the same entries as on one device."""
+    """Rows divided, latents divided, and both: the same entries as on one device; selections of rows and batches work on a shard."""
     assert run_with_devices(SHARDED, 4).split("\n")[-2] == "{'all-reduce'} 8 480"
