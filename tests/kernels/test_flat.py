@@ -112,8 +112,8 @@ def test_an_unknown_implementation(case):
 
 
 def test_what_runs_follows_the_ratio():
-    assert products.sparse_wins(Problem(64, 2048, 128), "cpu", flat=True)
-    assert not products.sparse_wins(Problem(64, 2048, 512), "cpu", flat=True)
+    assert products.sparse_wins(Problem(64, 2048, 128), "cpu")
+    assert not products.sparse_wins(Problem(64, 2048, 512), "cpu")
     shapes = [jax.ShapeDtypeStruct(s, t) for s, t in (((128,), jnp.float32), ((128,), jnp.int32), ((16384, 2), jnp.float32))]
 
     def gradient(values, places, weight):

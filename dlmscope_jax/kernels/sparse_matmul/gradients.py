@@ -149,7 +149,7 @@ def decode_prefixes(
 
 
 def _prefixes_rule(problem: dispatch.Problem, platform: str) -> str:
-    return "sparse" if products.sparse_wins(problem, platform, flat=True) else "dense"
+    return "sparse" if products.sparse_wins(problem, platform) else "dense"
 
 
 def _sparse_parts(

@@ -9,7 +9,8 @@ A row-sparse code is values and indices [B, k], a flat-sparse one M triples (val
 - ``sums``: a code, transposed, times ones: [N]
 
 Implementations: ``reference`` (dense products), ``gather`` (XLA loops), ``segments`` and ``levels`` (``gather``, but sums by latent in a
-fixed order where that one scatters; the second for caches), ``pallas_tpu``, ``pallas_gpu``. README.md has the rule of choice and what it rests on.
+fixed order where that one scatters; the second for caches), ``pallas_tpu``, ``pallas_gpu``. README.md has the rule of choice and
+what it rests on.
 """
 
 from collections.abc import Callable
@@ -24,8 +25,7 @@ from dlmscope_jax.kernels.dispatch import Implementation, Problem
 from . import gather, levels, reference, segments
 
 # A dense product does N / k times the arithmetic of a sparse one; from this ratio on the sparse one is faster (README.md).
-_SPARSE_FROM = {"cpu": 16, "tpu": 256, "cuda": 256}
-_SPARSE_FROM_FLAT = _SPARSE_FROM | {"cpu": 8}
+_SPARSE_FROM = {"cpu": 8, "tpu": 256, "cuda": 256}
 _BEYOND_CACHE = 2**23  # elements of a sum by latent, 32 MB, from which on scattered additions reach memory each time (README.md)
 
 
@@ -54,9 +54,9 @@ DOTS_FLAT = _table("dots_flat", gather.dots_flat, gather.dots_flat)
 SUMS = {"gather": Implementation(gather.sums_flat), "segments": Implementation(segments.sums_flat)}
 
 
-def sparse_wins(problem: Problem, platform: str, flat: bool = False) -> bool:
+def sparse_wins(problem: Problem, platform: str) -> bool:
     """Whether a sparse product is taken to be faster than a dense one: the balance rule."""
-    return problem.width >= problem.k * (_SPARSE_FROM_FLAT if flat else _SPARSE_FROM)[platform]
+    return problem.width >= problem.k * _SPARSE_FROM[platform]
 
 
 def _rows_rule(problem: Problem, platform: str) -> str:
@@ -72,13 +72,9 @@ def _outer_rule(problem: Problem, platform: str) -> str:
 
 
 def _combine_flat_rule(problem: Problem, platform: str) -> str:
-    if not sparse_wins(problem, platform, flat=True):
+    if not sparse_wins(problem, platform):
         return "reference"
     return "gather" if platform == "cpu" else "segments"
-
-
-def _dots_flat_rule(problem: Problem, platform: str) -> str:
-    return "gather" if sparse_wins(problem, platform, flat=True) else "reference"
 
 
 def _sums_rule(problem: Problem, platform: str) -> str:
@@ -135,7 +131,7 @@ def outer_flat(
     """``combine_flat`` with rows and latents exchanged: ``out[n] = sum over m with latents[m] = n of values[m] * table[rows[m]]``."""
     problem = flat_problem(table.shape[0], width, table, values)
     args = (values, latents, rows, table)
-    return dispatch.run("combine_flat", COMBINE_FLAT, _combine_flat_rule, problem, implementation, *args, n_rows=width)
+    return dispatch.run("combine_flat", COMBINE_FLAT, _outer_rule, problem, implementation, *args, n_rows=width)
 
 
 def dots_flat(
@@ -147,7 +143,7 @@ def dots_flat(
 ) -> Float[Array, " M"]:
     """``out[m] = <left[rows[m]], weight[latents[m]]>``."""
     problem = flat_problem(left.shape[0], weight.shape[0], weight, rows)
-    return dispatch.run("dots_flat", DOTS_FLAT, _dots_flat_rule, problem, implementation, left, rows, latents, weight)
+    return dispatch.run("dots_flat", DOTS_FLAT, _rows_rule, problem, implementation, left, rows, latents, weight)
 
 
 def sums(values: Float[Array, " M"], latents: Int[Array, " M"], width: int) -> Float[Array, " N"]:
