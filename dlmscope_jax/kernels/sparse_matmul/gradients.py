@@ -11,6 +11,7 @@ Nothing of the size [B, N] or [B, k, D] arises. The shift is shared by the batch
 not B k D; ``d x`` stands for itself, and is not computed where nobody asks for it.
 """
 
+import itertools
 from functools import partial
 
 import jax
@@ -145,7 +146,7 @@ def decode_prefixes(
         table = {"dense": dispatch.Implementation(_dense_parts), "sparse": dispatch.Implementation(_sparse_parts)}
         args = (values, rows, latents, weight)
         parts = dispatch.run("prefixes", table, _prefixes_rule, problem, None, *args, n_rows=n_rows, prefixes=prefixes)
-    return jnp.cumsum(parts, axis=0)
+    return jnp.stack(list(itertools.accumulate(parts[g] for g in range(len(prefixes)))))
 
 
 def _prefixes_rule(problem: dispatch.Problem, platform: str) -> str:

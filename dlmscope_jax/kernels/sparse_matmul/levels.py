@@ -20,36 +20,42 @@ from .reference import accumulator, zeros
 from .segments import Segments
 
 _GROUP = 2**16  # elements of the sums of a group: 256 kB
+_UNROLL = 4  # pairs that are added before the sums are written
 
 
 def segment_sum(pairs: Segments, table: Array, width: int) -> Array:
     """``sum of values * table[rows]`` for each latent, 0 where it has no pair."""
-    depth, total = table.shape[1], len(pairs.values)
+    depth, last = table.shape[1], len(pairs.values) - 1
     dtype = accumulator(pairs.values, table)
-    if not total or not width:
+    if last < 0 or not width:
         return zeros((width, depth), dtype, *pairs, table)
     # 0, but not for the compiler: it would make the zeros of both gradients once and copy them twice
     nothing = (pairs.values[0] != pairs.values[0]).astype(dtype) * 0
     out = zeros((width, depth), dtype, *pairs, table) + nothing
     counts = pairs.starts[1:] - pairs.starts[:-1]
-    latents = _most_first(counts, total)
+    latents = _most_first(counts, last + 1)
     size = min(width, max(1, _GROUP // max(1, depth)))
     groups = -(-width // size)
     filling = groups * size - width
     begins = jnp.pad(pairs.starts[latents], (0, filling)).reshape(groups, size)
+    counts = jnp.pad(counts[latents], (0, filling)).reshape(groups, size)
     latents = jnp.pad(latents, (0, filling), constant_values=width).reshape(groups, size)
-    counts = jnp.pad(-jnp.sort(-counts), (0, filling)).reshape(groups, size)
     values = pairs.values.astype(dtype)
 
     def one_group(g: Array, out: Array) -> Array:
         begin, count = begins[g], counts[g]
 
-        def add(j: Array, sums: Array) -> Array:
-            at = jnp.minimum(begin + j, total - 1)
-            term = values[at][:, None] * table[pairs.rows[at]].astype(dtype)
-            return sums + jnp.where((j < count)[:, None], term, 0)
+        def several(step: Array) -> Array:
+            """The sum of the next few pairs of each."""
+            total = zeros((size, depth), dtype, out)
+            for j in range(_UNROLL):
+                place = step * _UNROLL + j
+                at = jnp.minimum(begin + place, last)
+                term = values[at][:, None] * table[pairs.rows[at]].astype(dtype)
+                total = total + jnp.where((place < count)[:, None], term, 0)
+            return total
 
-        sums = jax.lax.fori_loop(0, count[0], add, zeros((size, depth), dtype, out))
+        sums = jax.lax.fori_loop(1, -(-count[0] // _UNROLL), lambda step, sums: sums + several(step), several(jnp.int32(0)))
         return out.at[latents[g]].set(sums, mode="drop", unique_indices=True)
 
     return jax.lax.fori_loop(0, (counts[:, 0] > 0).sum(dtype=jnp.int32), one_group, out)
