@@ -55,14 +55,13 @@ IMPLEMENTATIONS = {
 
 
 def default(problem: Problem, platform: str) -> str:
-    """The implementation that ``topk`` takes when none is named."""
+    """The implementation taken when none is named: no kernel that has not run on a device, nor can be divided over several."""
     if platform == "cpu":
         fits = problem.width >= _GROUPED_FROM_WIDTH_CPU and grouped.refuses(problem, platform) is None
-        return "grouped" if fits else "reference"
+        return "grouped" if fits and problem.width % grouped.group_size(problem.width, problem.k) == 0 else "reference"
     if problem.width <= _SHORT:
         return "reference"
-    kernel = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}[platform]
-    return next(name for name in (kernel, "grouped", "threshold") if IMPLEMENTATIONS[name].refuses(problem, platform) is None)
+    return "grouped" if grouped.refuses(problem, platform) is None else "threshold"
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1, 2))

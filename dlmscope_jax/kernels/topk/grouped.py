@@ -9,8 +9,8 @@ puts k of them in order.
 
 Where the maxima are many, the halvings begin on maxima of the maxima: on normal entries about ten are made there, and none or one after.
 
-Traffic of a row of N, in entries: N read; N / g written and read a few times, once a halving (at most 32 in float32);
-g slots(k) gathered, read a few times; the rest is of the size of k.
+Traffic of a row of N, in entries: N read (and copied once where g does not divide it); N / g written and read a few times, once a
+halving (at most 32 in float32); g slots(k) gathered, read a few times; the rest is of the size of k.
 
 Range: N >= 4 k, any float dtype, any platform; sorts ``slots(k)`` entries a row.
 
@@ -56,9 +56,10 @@ def topk(x: Array, k: int) -> tuple[Array, Array]:
     size, room = group_size(width, k), slots(k)
     # The padding is the smallest value there is, a NaN with the sign bit set, and comes last: it never precedes an entry.
     lowest = keys.unsortable(jnp.zeros((), keys.UNSIGNED[x.dtype.itemsize]), x.dtype)
-    x = jnp.pad(x, ((0, 0), (0, -width % size)), constant_values=lowest)
+    # without the barriers XLA's CPU compiler takes the maxima and gathers the entries again in every pass over them
+    if width % size:
+        x = jax.lax.optimization_barrier(jnp.concatenate([x, jnp.full((rows, -width % size), lowest)], axis=1))
     groups = x.reshape(rows, -1, size)
-    # without these barriers XLA's CPU compiler takes the maxima and gathers the entries again in every pass over them
     maxima = jax.lax.optimization_barrier(keys.sortable(groups).max(axis=2))
     chosen, filled, low = _largest(maxima, k, room, _start(maxima, k))
     entries = keys.sortable(jnp.take_along_axis(groups, chosen[:, :, None], axis=1))
