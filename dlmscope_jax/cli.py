@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from dlmscope_jax import __version__, config
 from dlmscope_jax.errors import UserError
+from dlmscope_jax.training.heap import keep_freed_memory
 
 # verb -> module of recipes, function, what it does
 VERBS = {
@@ -25,6 +26,8 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code: 0, or 2 for a mistake of the user's, which is one line on stderr."""
+    if argv is None:  # a process of our own
+        keep_freed_memory()
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     try:

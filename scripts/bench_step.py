@@ -183,14 +183,21 @@ OURS = {"ours": partial(Ours, dead=False), "ours, 10 % dead": partial(Ours, dead
 
 def contestant(name: str, shape: tuple[int, int, int, int]) -> None:
     """Builds one, then answers each line on standard input with a line of JSON."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no answer
     if name in PEERS:
         import torch
 
         torch.manual_seed(0)
         torch.set_num_threads(os.cpu_count() or 1)
+        release = lambda: None  # noqa: E731
+    else:
+        from dlmscope_jax.training.heap import keep_freed_memory
+        from dlmscope_jax.training.heap import release_freed_memory as release
+
+        keep_freed_memory()  # as dlmscope's own processes begin
     side = (OURS | PEERS)[name](shape)
-    answers, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no answer
     side.run(0)
+    release()  # as the trainer does after its first step
     side.run(1)
     Path("/proc/self/clear_refs").write_text("5")  # from here on the peak of resident memory is that of steps
     print("ready", file=answers, flush=True)

@@ -19,6 +19,7 @@ from dlmscope_jax.dictionaries import Dictionary, DictionaryMeta, load_dictionar
 from dlmscope_jax.errors import UserError
 
 from .checkpoints import difference, load_latest, remove_checkpoints, save_checkpoint
+from .heap import release_freed_memory
 from .metrics import MetricsFile
 from .progress import Progress
 from .sources import Batch, Source, open_source
@@ -182,7 +183,7 @@ class _Run:
     def begin(self, sample: Callable[[int, int, tuple[str, ...]], Batch]) -> None:
         """The state of the newest checkpoint, or a fresh one."""
         spec = self.spec
-        self.step = make_step(spec)
+        self.step, self.compiled = make_step(spec), False
         found = load_latest(self.folder / _CHECKPOINTS, jax.eval_shape(lambda: init_state(spec)), self.identity)
         if found is None:
             some = sample(spec.sample_rows, spec.batch_size, self.sites)
@@ -197,6 +198,9 @@ class _Run:
         read = _rows_of(batch, self.reads)
         rows: Rows = (read, _rows_of(batch, self.writes)) if self.writes else read
         self.state, metrics = self.step(self.state, rows)
+        if not self.compiled:
+            release_freed_memory()  # what compiling leaves behind
+            self.compiled = True
         return metrics
 
     def note(self, step: int, metrics: dict[str, tuple[Any, Any]]) -> None:

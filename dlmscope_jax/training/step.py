@@ -15,7 +15,6 @@ from dlmscope_jax.kernels import squared_norm
 
 from . import schedules
 from .averaging import follow
-from .heap import keep_freed_memory
 from .program import Program, program_of
 from .resampling import resample
 from .spec import TrainSpec
@@ -40,11 +39,8 @@ def make_step(spec: TrainSpec) -> Step:
 
     A batch whose loss or gradient is not finite changes nothing but ``step`` and ``skipped``, and counts in no other metric.
 
-    Trainings of one ``Program`` share one compiled program: their numbers are in the state. On a CPU the process keeps memory
-    that it freed from here on (``heap``).
+    Trainings of one ``Program`` share one compiled program: their numbers are in the state.
     """
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()
     return _compiled(program_of(spec))
 
 

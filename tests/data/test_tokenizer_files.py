@@ -240,7 +240,9 @@ def test_a_url_is_a_folder(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_names_that_are_nothing(monkeypatch):
+def test_names_that_are_nothing(monkeypatch, tmp_path):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # where "../x" is nothing
     for name in ("./nowhere", "/no/such/folder", "a/b/c", "../x"):
         with pytest.raises(UserError, match="does not exist: give a pocket name"):
             load_tokenizer(name)

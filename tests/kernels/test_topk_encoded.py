@@ -39,6 +39,7 @@ def test_tiles_give_what_the_definition_gives(monkeypatch, width, k, dtype):
 @pytest.mark.parametrize("k", [20, N])
 def test_each_implementation_by_name(monkeypatch, name, k):
     monkeypatch.setattr(encoded, "_TILE_ENTRIES", 64 * B)  # several tiles, of k latents at least
+    monkeypatch.setattr(encoded, "_ROWS_ENTRIES", 3 * N)
     x, weight, bias, shift = integers()
     run = partial(select_encoded, k=k, implementation=name)
     values, indices = run(x, weight, bias, shift)
@@ -58,8 +59,19 @@ def test_bf16_rounds_factors_and_results_and_adds_in_float32(name):
     np.testing.assert_allclose(np.asarray(values, np.float64), chosen, rtol=2**-8, atol=1e-6)  # half a step of bf16 and a little
 
 
-def test_tiles_hold_no_preactivations(monkeypatch):
+@pytest.mark.parametrize("rows", [1, 5, 6])  # one part, two of which the last is filled up, two
+def test_some_rows_at_a_time(monkeypatch, rows):
+    monkeypatch.setattr(encoded, "_ROWS_ENTRIES", 3 * N)
+    x, weight, bias, shift = integers()
+    values, indices = jax.jit(partial(encoded.by_rows, k=7, dtype=jnp.dtype("float32")))(x[:rows], weight, bias, shift)
+    want_values, want = jax.lax.top_k((x[:rows] - shift) @ weight.T + bias, 7)
+    np.testing.assert_array_equal(indices, want)
+    np.testing.assert_array_equal(values, want_values)
+
+
+def test_neither_tiles_nor_rows_hold_all_preactivations(monkeypatch):
     monkeypatch.setattr(encoded, "_TILE_ENTRIES", 2**14)
+    monkeypatch.setattr(encoded, "_ROWS_ENTRIES", 2**16)
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((64, 8), (8192, 8), (8192,))]
 
     def held(run):
@@ -67,7 +79,7 @@ def test_tiles_hold_no_preactivations(monkeypatch):
         return program.memory_analysis().temp_size_in_bytes
 
     whole = 64 * 8192 * 4
-    assert held(encoded.separate) > whole and held(encoded.tiled) < whole / 5
+    assert held(encoded.separate) > whole and held(encoded.tiled) < whole / 5 and held(encoded.by_rows) < whole / 4
 
 
 def test_no_derivative():
@@ -78,6 +90,8 @@ def test_no_derivative():
 
 def test_the_default_goes_by_memory():
     assert default(Problem(256, 16384, 32), "cpu") == default(Problem(2048, 16384, 32), "cuda") == "separate"
+    assert default(Problem(2048, 16384, 32), "cpu") == default(Problem(1024, 131072, 32), "cpu") == "by_rows"
+    assert default(Problem(1024, 2**20, 32), "cpu") == "tiled"  # few rows at a time would read the weights too often
     assert default(Problem(8192, 65536, 64), "cuda") == "tiled"
     assert default(Problem(8192, 65536, 64, dtype=jnp.bfloat16), "cuda") == "separate"
 

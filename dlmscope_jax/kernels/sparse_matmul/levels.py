@@ -1,14 +1,16 @@
-"""Sums by latent for a processor with a cache: latents in order of how often they fire, few at a time, one pair of each a step.
+"""Sums by latent for a processor with a cache: pieces of the latents' runs, longest first, some at a time, a few pairs of each a step.
 
     out[n] = sum over m with latents[m] = n of values[m] * table[rows[m]]
 
 A scatter-add runs on one core and reads and writes a row of ``out`` for every pair. Here the pairs are sorted by latent
-(``segments.by_latent``), and latents by their number of pairs, so that neighbours have about equally many. A group of latents whose sums
-fit into the cache is taken to its end before the next: step j gathers pair j of each and adds, an elementwise loop that XLA
-spreads over cores. Then the group is written to its place. Every sum is taken in the order of the pairs.
+(``segments.by_latent``), the run of each latent is cut into pieces of at most 32 pairs, and pieces are put in order of their length, so
+that neighbours are about equally long. A group of pieces whose sums fit into the cache is taken to its end before the next: step j
+gathers the next four pairs of each and adds them, an elementwise loop that XLA spreads over cores. Then the group is added to ``out``.
+Every sum is taken in a fixed order.
 
-Memory traffic: M rows of ``table`` read, ``out`` written twice (zeros, sums); beside it two sorts of integers, M and N long. Temporary
-memory: one group. Range: any shape and dtype; sums are float32 (float64 for float64). NaN and infinities stay with their latent.
+Memory traffic: M rows of ``table`` read, ``out`` written, and one row of it read and written for each piece, of which there are
+M / 32 + min(M, N) at most; beside it two sorts of integers, M and that many. Temporary memory: one group. Range: any shape and dtype;
+sums are float32 (float64 for float64). NaN and infinities stay with their latent. Measurement: README.md.
 """
 
 import jax
@@ -19,7 +21,8 @@ from . import segments
 from .reference import accumulator, zeros
 from .segments import Segments
 
-_GROUP = 2**16  # elements of the sums of a group: 256 kB
+_PIECE = 32  # pairs
+_GROUP = 2**15  # elements of the sums of a group: 128 kB
 _UNROLL = 4  # pairs that are added before the sums are written
 
 
@@ -32,21 +35,18 @@ def segment_sum(pairs: Segments, table: Array, width: int) -> Array:
     # 0, but not for the compiler: it would make the zeros of both gradients once and copy them twice
     nothing = (pairs.values[0] != pairs.values[0]).astype(dtype) * 0
     out = zeros((width, depth), dtype, *pairs, table) + nothing
-    counts = pairs.starts[1:] - pairs.starts[:-1]
-    latents = _most_first(counts, last + 1)
-    size = min(width, max(1, _GROUP // max(1, depth)))
-    groups = -(-width // size)
-    filling = groups * size - width
-    begins = jnp.pad(pairs.starts[latents], (0, filling)).reshape(groups, size)
-    counts = jnp.pad(counts[latents], (0, filling)).reshape(groups, size)
-    latents = jnp.pad(latents, (0, filling), constant_values=width).reshape(groups, size)
+    latents, begins, counts = _pieces(pairs.starts, last + 1)
+    size = min(len(latents), max(1, _GROUP // max(1, depth)))
+    filling = -len(latents) % size
+    latents = jnp.pad(latents, (0, filling), constant_values=width).reshape(-1, size)
+    begins, counts = (jnp.pad(a, (0, filling)).reshape(-1, size) for a in (begins, counts))
     values = pairs.values.astype(dtype)
 
     def one_group(g: Array, out: Array) -> Array:
         begin, count = begins[g], counts[g]
 
         def several(step: Array) -> Array:
-            """The sum of the next few pairs of each."""
+            """The sums of the next few pairs of each piece."""
             total = zeros((size, depth), dtype, out)
             for j in range(_UNROLL):
                 place = step * _UNROLL + j
@@ -56,19 +56,25 @@ def segment_sum(pairs: Segments, table: Array, width: int) -> Array:
             return total
 
         sums = jax.lax.fori_loop(1, -(-count[0] // _UNROLL), lambda step, sums: sums + several(step), several(jnp.int32(0)))
-        return out.at[latents[g]].set(sums, mode="drop", unique_indices=True)
+        return out.at[latents[g]].add(sums, mode="drop")
 
     return jax.lax.fori_loop(0, (counts[:, 0] > 0).sum(dtype=jnp.int32), one_group, out)
 
 
-def _most_first(counts: Array, total: int) -> Array:
-    """Latents by descending number of pairs; of equal ones the lowest first. One packed key sorts faster than a pair of arrays."""
-    bits = max(len(counts) - 1, 0).bit_length()
-    latents = jnp.arange(len(counts), dtype=jnp.int32)
-    if (total + 1) << bits <= 2**32:
-        key = jax.lax.sort((total - counts).astype(jnp.uint32) << bits | latents.astype(jnp.uint32))
-        return (key & jnp.uint32((1 << bits) - 1)).astype(jnp.int32)
-    return jax.lax.sort((-counts, latents), num_keys=1, is_stable=True)[1]
+def _pieces(starts: Array, total: int) -> tuple[Array, Array, Array]:
+    """Latent, first pair and number of pairs of each piece, longest first; latents are the number of latents where there is no piece."""
+    width = len(starts) - 1
+    counts = starts[1:] - starts[:-1]
+    of_latent = -(-counts // _PIECE)
+    piece = jnp.arange(total // _PIECE + min(total, width), dtype=jnp.int32)
+    latents = jnp.repeat(jnp.arange(width, dtype=jnp.int32), of_latent, total_repeat_length=len(piece))
+    before = (piece - (jnp.cumsum(of_latent) - of_latent)[latents]) * _PIECE
+    lengths = jnp.clip(counts[latents] - before, 0, _PIECE)
+    bits = max(len(piece) - 1, 0).bit_length()
+    key = jax.lax.sort((_PIECE - lengths).astype(jnp.uint32) << bits | piece.astype(jnp.uint32))
+    order = (key & jnp.uint32((1 << bits) - 1)).astype(jnp.int32)
+    lengths = lengths[order]
+    return jnp.where(lengths > 0, latents[order], width), (starts[latents] + before)[order], lengths
 
 
 def outer(values: Array, indices: Array, rows: Array, width: int) -> Array:

@@ -1,14 +1,16 @@
 """The k largest pre-activations of rows, straight from the encoder: a product and a selection.
 
-``separate`` makes all pre-activations [B, N] and selects from them. ``tiled`` makes them for some latents at a time, selects from
-those, and merges with the k best so far, which come first and so win ties, as their index is lower: the same k at the end, for any data.
+``separate`` makes all pre-activations [B, N] and selects from them. ``by_rows`` does the same with some rows at a time. ``tiled`` makes
+them for some latents at a time, selects from those, and merges with the k best so far, which come first and so win ties, as their
+index is lower: the same k at the end, for any data.
 A product may differ in its last bits with the shape it is computed in; the selection is exact for the products that are made.
 
 Traffic: ``separate`` writes B N pre-activations and reads them (``topk``'s README); ``tiled`` keeps a tile of 2^24 entries at most, in
-float32 64 MiB, and reads the rows once a tile. Both read the weights once.
+float32 64 MiB, and reads the rows once a tile. Both read the weights once; ``by_rows`` reads them once for every 2^23 pre-activations,
+which on a CPU costs less than memory of the size of all of them, handed out anew by the system in every step.
 
-Range: both do everything that ``topk`` does. The default is ``separate`` until the pre-activations pass 1 GiB: ``tiled`` is there
-for memory, not for time.
+Range: all do everything that ``topk`` does. The default is ``separate`` until the pre-activations pass 1 GiB, ``tiled`` from there on;
+on a CPU ``by_rows`` from 2^24 pre-activations on.
 
 Measurement: README.md.
 """
@@ -25,6 +27,8 @@ from dlmscope_jax.kernels.preactivations import preactivations
 from . import topk
 
 _TILE_ENTRIES = 2**24
+_ROWS_ENTRIES = 2**23
+_LEAST_ROWS = 64  # of a part: the weights are read once a part
 _LARGE = 2**30  # bytes of pre-activations
 
 
@@ -39,6 +43,16 @@ def product(x: Array, weight: Array, bias: Array, shift: Array | None, dtype) ->
 
 def separate(x: Array, weight: Array, bias: Array, shift: Array | None, *, k: int, dtype) -> tuple[Array, Array]:
     return topk(product(x, weight, bias, shift, dtype), k)
+
+
+def by_rows(x: Array, weight: Array, bias: Array, shift: Array | None, *, k: int, dtype) -> tuple[Array, Array]:
+    rows, parts = x.shape[0], -(-x.shape[0] * weight.shape[0] // _ROWS_ENTRIES)
+    size = -(-rows // parts)
+    filling = -rows % size
+    x = jnp.pad(x, ((0, filling), (0, 0))) if filling else x
+    found = jax.lax.map(lambda some: separate(some, weight, bias, shift, k=k, dtype=dtype), x.reshape(-1, size, x.shape[1]))
+    values, indices = (a.reshape(-1, k)[:rows] for a in found)
+    return values, indices
 
 
 def tile_width(rows: int, width: int, k: int) -> int:
@@ -65,12 +79,19 @@ def tiled(x: Array, weight: Array, bias: Array, shift: Array | None, *, k: int, 
     return merge(state, jnp.int32(whole * tile), width - whole * tile) if width % tile else state
 
 
-IMPLEMENTATIONS = {"separate": Implementation(separate), "tiled": Implementation(tiled)}
+IMPLEMENTATIONS = {"separate": Implementation(separate), "by_rows": Implementation(by_rows), "tiled": Implementation(tiled)}
 
 
 def default(problem: Problem, platform: str) -> str:
     """The implementation that ``select_encoded`` takes when none is named."""
-    return "tiled" if problem.rows * problem.width * problem.dtype.itemsize > _LARGE else "separate"
+    entries = problem.rows * problem.width
+    if platform == "cpu":
+        return "by_rows" if entries >= 2 * _ROWS_ENTRIES and problem.width <= _ROWS_ENTRIES // _LEAST_ROWS else _by_size(entries, problem)
+    return _by_size(entries, problem)
+
+
+def _by_size(entries: int, problem: Problem) -> str:
+    return "tiled" if entries * problem.dtype.itemsize > _LARGE else "separate"
 
 
 def select_encoded(
@@ -90,7 +111,7 @@ def select_encoded(
       weight, bias, shift: of the encoder, one latent a row of the weight.
       k: static, 1 <= k <= N.
       dtype: float32, or bfloat16 or float16, to which factors and sums are rounded for the selection; sums are made in float32.
-      implementation: ``"separate"`` or ``"tiled"``; None picks by the size of the pre-activations.
+      implementation: ``"separate"``, ``"by_rows"`` or ``"tiled"``; None picks by the size of the pre-activations.
 
     Returns:
       values in ``dtype`` and indices, int32.
