@@ -4,9 +4,10 @@ Published implementations rank activations after ReLU. A dead latent is usually 
 then given 0, contributes 0 and receives no gradient (reference/sae_libraries.md 1, defect 3). Here raw pre-activations
 are ranked and used.
 
-Three cases are compiled and one runs. No dead latent: nothing. At most k_aux: all of them are used by every row, so
-they are gathered into a small dense problem and no selection is needed. More: the selection over all N, from
-pre-activations computed once more, because handing a [B, N] array to a branch costs a copy of it in every step.
+Four cases are compiled and one runs. No dead latent: nothing. At most k_aux: all of them are used by every row, so
+they are gathered into a small dense problem and no selection is needed. At most an eighth of a wide dictionary: they are gathered
+and selected from. More: the selection over all N, from pre-activations computed once more, because handing a [B, N] array
+to a branch costs a copy of it in every step.
 """
 
 import jax
@@ -20,6 +21,7 @@ from .base import Dictionary
 from .losses import LossSettings
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+_ROOM_SHARE, _LEAST_ROOM = 8, 512  # dead latents that are gathered: an eighth of the width, where that is this much
 
 
 def auxiliary_error(
@@ -54,15 +56,22 @@ def auxiliary_error(
         values = kernels.preactivations(x, params["W_enc"][ids], params["b_enc"][ids], shift)
         return relative(jnp.matmul(jnp.where(used, values, 0.0), params["W_dec"][ids], precision=_HIGHEST))
 
-    def many():
-        pre = jax.lax.stop_gradient(kernels.preactivations(x, params["W_enc"], params["b_enc"], shift))
-        values, indices = kernels.topk(jnp.where(dead, pre, -jnp.inf), k_aux)
-        values = kernels.with_encoder_gradient(values, indices, x, params["W_enc"], params["b_enc"], shift)
-        return relative(kernels.decode(values, indices, params["W_dec"]))
+    def selected(weights: dict, these: Array):
+        pre = jax.lax.stop_gradient(kernels.preactivations(x, weights["W_enc"], weights["b_enc"], shift))
+        values, indices = kernels.topk(jnp.where(these, pre, -jnp.inf), k_aux)
+        values = kernels.with_encoder_gradient(values, indices, x, weights["W_enc"], weights["b_enc"], shift)
+        return relative(kernels.decode(values, indices, weights["W_dec"]))
 
-    n_dead = dead.sum(dtype=jnp.int32)
-    case = (n_dead > 0).astype(jnp.int32) + (n_dead > k_aux).astype(jnp.int32)
-    return jax.lax.switch(case, (lambda: jnp.float32(0), few, many))
+    def some():
+        ids = jnp.nonzero(dead, size=room, fill_value=0)[0]
+        return selected({name: params[name][ids] for name in ("W_enc", "b_enc", "W_dec")}, jnp.arange(room) < n_dead)
+
+    n_dead, room = dead.sum(dtype=jnp.int32), dead.shape[0] // _ROOM_SHARE
+    cases, bounds = [lambda: jnp.float32(0), few], [0, k_aux]
+    if room > max(k_aux, _LEAST_ROOM - 1):
+        cases, bounds = [*cases, some], [*bounds, room]
+    case = sum((n_dead > bound).astype(jnp.int32) for bound in bounds)
+    return jax.lax.switch(case, [*cases, lambda: selected(params, dead)])
 
 
 def share(dead: Bool[Array, " N"], k_aux: int) -> Float[Array, ""]:

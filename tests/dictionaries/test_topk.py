@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from dlmscope_jax.dictionaries import BatchTopK, Dense, LossSettings, RowSparse, TopK, geometric_median
+from dlmscope_jax.dictionaries import BatchTopK, Dense, LossSettings, RowSparse, TopK, auxk, geometric_median
 from dlmscope_jax.errors import UserError
 
 D, N, K, B = 6, 20, 3, 11
@@ -92,8 +92,14 @@ def test_negative_preactivations_are_cut_after_the_selection():
     close(SPEC.decode(params, codes), jnp.tile(params["b_dec"], (B, 1)))
 
 
-@pytest.mark.parametrize("n_dead", [0, 2, 4, 9], ids=["none", "fewer than k_aux", "k_aux", "more than k_aux"])
-def test_loss_and_gradient_equal_the_definition(n_dead):
+@pytest.mark.parametrize(
+    ("n_dead", "room"),
+    [(0, 512), (2, 512), (4, 512), (9, 512), (4, 1), (5, 1), (6, 1), (7, 1)],
+    ids=["none", "fewer than k_aux", "k_aux", "more than k_aux", "k_aux of few", "gathered", "as many as there is room", "one more"],
+)
+def test_loss_and_gradient_equal_the_definition(monkeypatch, n_dead, room):
+    monkeypatch.setattr(auxk, "_LEAST_ROOM", room)
+    monkeypatch.setattr(auxk, "_ROOM_SHARE", 3)  # of 20 latents: room for 6
     dead = jnp.zeros(N, bool).at[jnp.arange(n_dead) * 2].set(True)
     alpha = 0.7
     differentiate = jax.value_and_grad(SPEC.loss, has_aux=True)
