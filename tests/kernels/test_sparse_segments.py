@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dlmscope_jax.kernels.sparse_matmul import levels
 from dlmscope_jax.kernels.sparse_matmul.segments import by_latent, segment_sum, sums_flat
 
 # rows, depth, latents, pairs: one row, one latent, one pair, none, more pairs than blocks of the first level, keys beyond 32 bits
@@ -45,6 +46,31 @@ def test_sums_equal_those_in_float64(shape, dtype):
     np.add.at(want, latents, values[:, None].astype(float) * np.asarray(table, float)[rows])
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sums_of_pieces_equal_those_in_float64(shape):
+    values, rows, latents, table = pairs(shape)
+    if len(values):
+        values[0] = np.inf
+    got = levels.segment_sum(by_latent(values, rows, latents, shape[2]), jnp.asarray(table), shape[2])
+    want = np.zeros((shape[2], shape[1]))
+    np.add.at(want, latents, values[:, None].astype(float) * table[rows])
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("counts", [(96, 0, 1, 32, 33, 0), (0, 0, 0), (64,), (0, 31), (1, 2, 1)])
+def test_pieces_hold_every_pair_once_and_the_longest_come_first(counts):
+    """Whole pieces, a rest, latents without a pair, at the end as well; what is left of the list has length 0 and no latent."""
+    starts = np.cumsum([0, *counts]).astype(np.int32)
+    latents, begins, lengths = map(np.asarray, levels._pieces(jnp.asarray(starts), int(starts[-1])))
+    assert (np.diff(lengths) <= 0).all() and lengths.max(initial=0) <= levels._PIECE
+    there = lengths > 0
+    assert (latents[~there] == len(counts)).all()
+    pieces = zip(latents[there], begins[there], lengths[there], strict=True)
+    held = [(latent, m) for latent, begin, n in pieces for m in range(begin, begin + n)]
+    assert sorted(held) == [(n, m) for n in range(len(counts)) for m in range(starts[n], starts[n + 1])]
 
 
 def test_what_is_not_finite_stays_with_its_latent():

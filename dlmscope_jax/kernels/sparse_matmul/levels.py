@@ -5,12 +5,14 @@
 A scatter-add runs on one core and reads and writes a row of ``out`` for every pair. Here the pairs are sorted by latent
 (``segments.by_latent``), the run of each latent is cut into pieces of at most 32 pairs, and pieces are put in order of their length, so
 that neighbours are about equally long. A group of pieces whose sums fit into the cache is taken to its end before the next: step j
-gathers the next four pairs of each and adds them, an elementwise loop that XLA spreads over cores. Then the group is added to ``out``.
-Every sum is taken in a fixed order.
+gathers the next four pairs of each and adds them, an elementwise loop that XLA spreads over cores. Then the group is added to ``out``,
+by a scatter in which a latent may occur more than once: sums are taken in a fixed order on a CPU, on accelerators where no latent has
+more than two pieces.
 
 Memory traffic: M rows of ``table`` read, ``out`` written, and one row of it read and written for each piece, of which there are
 M / 32 + min(M, N) at most; beside it two sorts of integers, M and that many. Temporary memory: one group. Range: any shape and dtype;
-sums are float32 (float64 for float64). NaN and infinities stay with their latent. Measurement: README.md.
+sums are float32 (float64 for float64); pieces are sorted by one 32-bit key of length and number, which is enough for 2^26 of them.
+NaN and infinities stay with their latent. Measurement: README.md.
 """
 
 import jax
