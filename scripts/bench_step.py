@@ -270,25 +270,32 @@ def parsed(text: str) -> tuple[int, int, int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", type=parsed, default=[parsed(text) for text in SHAPES], metavar="B,D,N,K")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="B,D,N,K")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--against", nargs="*", choices=AGAINST, default=list(AGAINST))
+    parser.add_argument("--against", nargs="*", default=AGAINST, metavar="NAME", help=", ".join(AGAINST))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    try:
+        shapes = [parsed(text) for text in args.shapes]
+    except argparse.ArgumentTypeError as error:
+        parser.exit(2, f"bench_step: --shapes: {error}\n")
     if args.contestant:
-        contestant(args.contestant, args.shapes[0])
+        contestant(args.contestant, shapes[0])
         return
+    for name in args.against:
+        if name not in AGAINST:
+            parser.exit(2, f"bench_step: --against {name!r} is not known: one of {', '.join(AGAINST)}\n")
     if args.rounds < 1:
-        parser.error("--rounds: at least 1")
+        parser.exit(2, "bench_step: --rounds must be at least 1\n")
     peers = None
     if args.against:
         from peers import python_of_peers
 
         peers = python_of_peers()
     results = []
-    for shape in args.shapes:
-        results.append(compare(shape, args.rounds, args.against, peers))
+    for shape in shapes:
+        results.append(compare(shape, args.rounds, list(args.against), peers))
         print(table(results[-1]), flush=True)
     if args.json:
         import jax

@@ -16,6 +16,7 @@ from .conftest import small_spec, sparse_rows
 
 RNG = np.random.default_rng(0)
 PARAMS = {"W_enc": RNG.normal(size=(6, 4)), "W_dec": RNG.normal(size=(6, 4)), "b_enc": RNG.normal(size=6)}
+PARAMS["W_dec_0"] = RNG.normal(size=(6, 2, 4))  # a cross-layer transcoder's
 GRADIENTS = [{name: RNG.normal(size=value.shape) * 10.0 ** -(i + 1) for name, value in PARAMS.items()} for i in range(2)]
 RATES = (0.01, 0.03)
 EPS = 1e-6

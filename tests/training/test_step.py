@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from dlmscope_jax.dictionaries import LossSettings, TopK
+from dlmscope_jax.dictionaries import BatchTopK, LossSettings, TopK
 from dlmscope_jax.training import TrainSpec, init_state, learning_rate, make_step
 
 from .conftest import assert_same_bits, small_spec, sparse_rows
@@ -132,6 +132,21 @@ def test_a_batch_that_is_not_finite_changes_nothing_and_is_reported(bad):
     for name, (total, count) in metrics.items():
         assert np.isfinite(total)
         assert float(count) == (1 if name == "skipped" else 0)
+
+
+def test_a_batch_that_is_not_finite_changes_no_average_no_statistic_and_begins_nothing_again():
+    """In a step that would begin dead latents again, with a moving average and a threshold that is measured."""
+    spec = small_spec(dictionary=BatchTopK(16, 64, 4), ema=0.9, resample_every=2, dead_rows=1)
+    rows, _ = sparse_rows(320)
+    step = make_step(spec)
+    state, _ = step(init_state(spec, sample=rows[:256]), rows[:64])
+    before = jax.device_get(state)
+    assert (before.rows_since_fired >= 1).any()
+    after, metrics = step(state, np.where(np.arange(64)[:, None] == 3, np.nan, rows[64:128]))
+    assert_same_bits(jax.device_get(after), before.replace(step=np.int32(2), skipped=np.int32(1)))
+    assert float(metrics["resampled"][0]) == 0
+    again, metrics = step(step(after, rows[128:192])[0], rows[192:256])  # the next one that is due
+    assert float(metrics["resampled"][0]) > 0 and float(again.params["threshold"]) != float(before.params["threshold"])
 
 
 def test_rows_of_any_float_dtype_are_read():

@@ -7,8 +7,8 @@ For each row w of a matrix, with moments m and v, gradient g and t the number of
     w <- w - rate (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)                      (Adam: Kingma and Ba 2015)
     w <- w / |w|                                       where rows are held at unit norm
 
-``scale`` clips the gradient, which needs its norm over all rows first (``squared_norm``). Moments are float32 or bfloat16; the
-weight moves by what is computed in float32 and then rounded (``rounding``). README.md has traffic and measurements.
+``scale`` clips the gradient, which needs its norm over all rows first (``squared_norm``). Moments are float32 or bfloat16
+(``rounding``); everything is computed in float32. README.md has traffic, defaults and measurements.
 """
 
 from importlib import import_module
@@ -25,7 +25,7 @@ from . import reference, strips
 _LEAST_STRIPS = 4  # below, a matrix is in the cache anyhow
 
 
-def _of_matrices(problem: dispatch.Problem, platform: str) -> str | None:
+def _needs_a_cache(problem: dispatch.Problem, platform: str) -> str | None:
     return "is for loops over memory that a CPU keeps in its cache" if platform != "cpu" else None
 
 
@@ -43,7 +43,7 @@ def _pallas(name: str) -> dispatch.Implementation:
 
 IMPLEMENTATIONS = {
     "reference": dispatch.Implementation(reference.row_update),
-    "strips": dispatch.Implementation(strips.row_update, _of_matrices),
+    "strips": dispatch.Implementation(strips.row_update, _needs_a_cache),
     "pallas_tpu": _pallas("pallas_tpu"),
     "pallas_gpu": _pallas("pallas_gpu"),
 }
@@ -51,7 +51,7 @@ IMPLEMENTATIONS = {
 
 def default_implementation(problem: dispatch.Problem, platform: str) -> str:
     """The implementation taken when none is named: strips on a CPU where there are several, see README.md."""
-    large = problem.width >= _LEAST_STRIPS * 4 * strips.block_rows(problem.depth)
+    large = problem.width >= _LEAST_STRIPS * strips.strip_rows(problem.depth)
     return "strips" if platform == "cpu" and large else "reference"
 
 

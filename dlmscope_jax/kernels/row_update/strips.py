@@ -5,9 +5,10 @@ one for the weight and one for its norm. Here a strip of rows is carried through
 A strip is done in blocks, first the moments of all of its blocks, then their weights: two loops and not one, because XLA would
 compute the weight from the old moments once more and then copy whole arrays to keep those.
 
-Memory traffic: weight, both moments and gradient read once, weight and both moments written once, 28 bytes an element in float32.
-Nothing larger than a block is allocated; the loops update in place where the caller donates. Range: any shape and any mix of
-float32 and bfloat16 moments; the last strip may overlap the one before it, whose rows it then leaves alone.
+Memory traffic: weight, both moments and gradient read once, weight and both moments written once: 28 bytes an element in float32, 20
+with bfloat16 moments. Nothing larger than a block is allocated; the loops update in place where the caller donates. Range: any shape and
+any mix of float32 and bfloat16 moments, on a CPU; the weight moves by the moments as they are kept, rounded if they are bfloat16. The last
+block of rows may overlap the one before it, whose rows it then leaves alone. Measurement: README.md.
 """
 
 import jax
@@ -24,6 +25,11 @@ _BLOCKS = 4  # in a strip
 def block_rows(depth: int) -> int:
     """Rows of a block."""
     return max(1, _BLOCK // depth)
+
+
+def strip_rows(depth: int) -> int:
+    """Rows of a strip."""
+    return _BLOCKS * block_rows(depth)
 
 
 def row_update(
