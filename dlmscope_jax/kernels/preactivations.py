@@ -11,11 +11,17 @@ from jaxtyping import Array, Float
 from .sparse_matmul.reference import accumulator, matmul
 
 
+def _shifted(x: Array, shift: Array | None, dtype) -> Array:
+    """The difference of both as they are in ``dtype``: one in half precision would be rounded."""
+    return x.astype(dtype) if shift is None else x.astype(dtype) - shift.astype(dtype)
+
+
 @jax.custom_vjp
 def _preactivations(x: Array, weight: Array, bias: Array, shift: Array | None) -> Array:
     dtype = accumulator(x, weight)
-    rows = (x if shift is None else x - shift).astype(dtype)
-    product = jax.lax.dot_general(rows, weight.astype(dtype), (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
+    product = jax.lax.dot_general(
+        _shifted(x, shift, dtype), weight.astype(dtype), (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST
+    )
     return product + bias.astype(dtype)
 
 
@@ -26,7 +32,7 @@ def _forward(x, weight, bias, shift):
 def _backward(saved, cotangent):
     x, weight, bias, shift = saved
     d_bias = cotangent.sum(axis=0)
-    d_weight = matmul(cotangent.T, x if shift is None else x - shift).astype(weight.dtype)
+    d_weight = matmul(cotangent.T, _shifted(x, shift, cotangent.dtype)).astype(weight.dtype)
     d_shift = None if shift is None else -matmul(d_bias, weight).astype(shift.dtype)
     return matmul(cotangent, weight).astype(x.dtype), d_weight, d_bias.astype(bias.dtype), d_shift
 

@@ -98,8 +98,13 @@ def test_the_gradient_of_the_preactivations_takes_the_batch_sum_for_the_shift():
     close(jax.grad(ours, (0, 1, 2, 3))(X, W, BIAS, SHIFT), jax.grad(dense, (0, 1, 2, 3))(X, W, BIAS, SHIFT))
     text = jax.jit(jax.grad(ours, (1, 2, 3))).lower(X, W, BIAS, SHIFT).compile().as_text()
     assert f"f32[{B},{D}]{{1,0}} dot(" not in text  # what autodiff would sum over the batch afterwards
-    half = preactivations(X.astype(jnp.bfloat16), W.astype(jnp.bfloat16), BIAS, SHIFT.astype(jnp.bfloat16))
-    assert half.dtype == jnp.float32
+
+
+def test_preactivations_of_half_precision_are_those_of_the_same_numbers_in_float32():
+    half = [a.astype(jnp.bfloat16) for a in (X, W, BIAS, SHIFT)]
+    got = preactivations(*half)
+    assert got.dtype == jnp.float32
+    close(got, preactivations(*(a.astype(jnp.float32) for a in half)))
 
 
 def test_mistakes():

@@ -55,7 +55,7 @@ def test_half_precision(name, dtype):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("n_rows", "width", "k"), [(2, 1, 1), (3, 37, 1), (1, 200, 1), (2, 33, 33), (1, 70, 69)])
+@pytest.mark.parametrize(("n_rows", "width", "k"), [(2, 1, 1), (1, 200, 1), (2, 33, 33), (1, 70, 69)])
 def test_one_winner_and_all_of_them(name, n_rows, width, k):
     supported(name, n_rows, width, k)
     for kind in ("normal", "special"):
@@ -72,10 +72,10 @@ def test_a_long_row(name):
 
 @pytest.mark.parametrize("name", HERE)
 def test_every_run_gives_the_same(name):
-    x = jnp.asarray(rows("two values", (8, 500)))
-    first = COMPILED[name](x, 20)
+    x = jnp.asarray(rows("two values", (4, 1100)))
+    first = COMPILED[name](x, 32)
     for _ in range(3):
-        jax.tree.map(np.testing.assert_array_equal, COMPILED[name](x, 20), first)
+        jax.tree.map(np.testing.assert_array_equal, COMPILED[name](x, 32), first)
 
 
 @pytest.mark.parametrize("name", HERE)
@@ -85,8 +85,15 @@ def test_leading_axes_and_vmap(name):
     assert values.shape == indices.shape == (2, 3, 4)
     mapped, _ = jax.vmap(lambda row: topk(row, 4, name))(x)
     np.testing.assert_array_equal(values, mapped)
-    one, _ = topk(x[0, 0], 4, name)
+    one, _ = topk(x[0, 0], 4, "reference")
     np.testing.assert_array_equal(one, values[0, 0])
+
+
+@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("width", [500, 16384])
+def test_no_rows(name, width):
+    values, indices = jax.eval_shape(lambda x: topk(x, 8, name), jax.ShapeDtypeStruct((0, width), jnp.float32))
+    assert values.shape == indices.shape == (0, 8)
 
 
 @pytest.mark.parametrize("name", HERE)
@@ -138,7 +145,7 @@ def test_defaults(width, k, cpu, tpu, cuda):
 def test_no_default_is_refused_and_none_on_an_accelerator_sorts_a_long_row(platform):
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
         for width in (1, 5, 300, 1024, 4096, 16384, 2**20, 2**23):
-            for k in {1, 32, min(1024, width), width // 4 or 1, width} & set(range(width + 1)):
+            for k in {1, min(32, width), min(1024, width), width // 4 or 1, width}:
                 problem = Problem(8, width, k, dtype=dtype)
                 name = default(problem, platform)
                 assert IMPLEMENTATIONS[name].refuses(problem, platform) is None

@@ -71,14 +71,14 @@ def test_all_entries_and_half_precision():
     pre = np.random.default_rng(2).normal(size=(4, 9)).astype(np.float32)
     check(pre, 36)
     half = jnp.asarray(pre, jnp.bfloat16)
-    values, rows, latents = topk_batch(half, 7)
+    values, rows, latents = compiled(half, 7)
     assert values.dtype == jnp.bfloat16
     np.testing.assert_array_equal(rows * 9 + latents, definition(np.asarray(half, np.float32), 7))
 
 
 def test_under_vmap_it_selects_from_each_batch():
     pre = np.random.default_rng(3).normal(size=(3, 6, 50)).astype(np.float32)
-    _, rows, latents = jax.vmap(lambda p: topk_batch(p, 18))(jnp.asarray(pre))
+    _, rows, latents = jax.jit(jax.vmap(lambda p: topk_batch(p, 18)))(jnp.asarray(pre))
     for i in range(3):
         np.testing.assert_array_equal(rows[i] * 50 + latents[i], definition(pre[i], 18))
 

@@ -82,6 +82,13 @@ def test_neither_tiles_nor_rows_hold_all_preactivations(monkeypatch):
     assert held(encoded.separate) > whole and held(encoded.tiled) < whole / 5 and held(encoded.by_rows) < whole / 4
 
 
+def test_no_rows():
+    x, *encoder = integers()
+    for name in NAMES:
+        values, indices = jax.eval_shape(lambda x, name=name: select_encoded(x, *encoder, 5, implementation=name), x[:0])
+        assert values.shape == indices.shape == (0, 5)
+
+
 def test_no_derivative():
     x, weight, bias, shift = integers()
     gradient = jax.grad(lambda x: select_encoded(x, weight, bias, shift, 5)[0].sum())(x)

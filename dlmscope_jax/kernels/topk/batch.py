@@ -55,7 +55,7 @@ def topk_batch(pre: Float[Array, "B N"], count: int) -> tuple[Float[Array, " M"]
 
 
 def among_largest(values: Float[Array, " M"], count: int | Int[Array, ""]) -> Bool[Array, " M"]:
-    """Whether each entry is among the ``count`` largest, which may be traced; ties to the lowest index, all for count >= M."""
+    """Whether each entry is among the ``count`` largest, from 1, which may be traced; ties to the lowest index, all for count >= M."""
     count = jnp.clip(jnp.asarray(count, jnp.int32), 1, values.shape[0])
     return marks.unpack(_chosen(jax.lax.stop_gradient(values), count), values.shape[0])
 
@@ -101,7 +101,7 @@ def _chosen(x: Array, count: Array) -> Array:
         low, high, n_low, n_high = _narrow(x, count, _whole(x), _FEW, _probes(x, count))
         between = _at_least(x, low) & ~_at_least(x, high + 1)
         few = jnp.where(jnp.arange(_FEW) < n_low - n_high, x[marks.places(between, _FEW)], -jnp.inf)
-        # More than _FEW are between only if all are equal: nothing is left to narrow.
+        # More than _FEW are between only if all are equal or all are kept: nothing is left to narrow.
         low, high, _, above = _narrow(few, count - n_high, Bracket(low, high, n_low - n_high, n_low - n_low), 0)
         n_high = n_high + above
     above = _at_least(x, high + 1)

@@ -46,8 +46,8 @@ def separate(x: Array, weight: Array, bias: Array, shift: Array | None, *, k: in
 
 
 def by_rows(x: Array, weight: Array, bias: Array, shift: Array | None, *, k: int, dtype) -> tuple[Array, Array]:
-    rows, parts = x.shape[0], -(-x.shape[0] * weight.shape[0] // _ROWS_ENTRIES)
-    size = -(-rows // parts)
+    rows, parts = x.shape[0], max(1, -(-x.shape[0] * weight.shape[0] // _ROWS_ENTRIES))
+    size = max(1, -(-rows // parts))
     filling = -rows % size
     x = jnp.pad(x, ((0, filling), (0, 0))) if filling else x
     found = jax.lax.map(lambda some: separate(some, weight, bias, shift, k=k, dtype=dtype), x.reshape(-1, size, x.shape[1]))
@@ -57,7 +57,7 @@ def by_rows(x: Array, weight: Array, bias: Array, shift: Array | None, *, k: int
 
 def tile_width(rows: int, width: int, k: int) -> int:
     """Latents in a tile: tiles of nearly the same width that hold ``_TILE_ENTRIES`` at most, and k latents at least."""
-    most = max(k, _TILE_ENTRIES // rows)
+    most = max(k, _TILE_ENTRIES // max(1, rows))
     return max(k, -(-width // -(-width // most)))
 
 

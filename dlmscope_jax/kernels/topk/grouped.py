@@ -59,11 +59,11 @@ def topk(x: Array, k: int) -> tuple[Array, Array]:
     # without the barriers XLA's CPU compiler takes the maxima and gathers the entries again in every pass over them
     if width % size:
         x = jax.lax.optimization_barrier(jnp.concatenate([x, jnp.full((rows, -width % size), lowest)], axis=1))
-    groups = x.reshape(rows, -1, size)
+    groups = x.reshape(rows, x.shape[1] // size, size)
     maxima = jax.lax.optimization_barrier(keys.sortable(groups).max(axis=2))
     chosen, filled, low = _largest(maxima, k, room, _start(maxima, k))
     entries = keys.sortable(jnp.take_along_axis(groups, chosen[:, :, None], axis=1))
-    entries = jnp.where(filled[:, :, None], entries, jnp.zeros((), entries.dtype)).reshape(rows, -1)
+    entries = jnp.where(filled[:, :, None], entries, jnp.zeros((), entries.dtype)).reshape(rows, room * size)
     entries = jax.lax.optimization_barrier(entries)
     places, filled, _ = _largest(entries, k, room, low)
     key = jnp.where(filled, jnp.take_along_axis(entries, places, axis=1), jnp.zeros((), entries.dtype))
@@ -78,7 +78,7 @@ def _start(maxima: Array, k: int) -> Array:
     if factor < 2:
         return maxima.min(axis=1)
     maxima = jnp.pad(maxima, ((0, 0), (0, -maxima.shape[1] % factor)))
-    maxima = jax.lax.optimization_barrier(maxima.reshape(maxima.shape[0], -1, factor).max(axis=2))
+    maxima = jax.lax.optimization_barrier(maxima.reshape(maxima.shape[0], maxima.shape[1] // factor, factor).max(axis=2))
     return _narrow(maxima, k, k + k // 8, maxima.min(axis=1)).low
 
 

@@ -21,14 +21,14 @@ _PIECE = 32  # XLA's CPU compiler unrolls a sum over the last axis up to here, o
 def pack(on: Bool[Array, "*rows n"]) -> UInt32[Array, "*rows words"]:
     """The first entry in the lowest bit of the first word; zeros fill the last word."""
     on = jnp.pad(on, [(0, 0)] * (on.ndim - 1) + [(0, -on.shape[-1] % _WORD)])
-    on = on.reshape(*on.shape[:-1], -1, _WORD).astype(jnp.uint32)
+    on = on.reshape(*on.shape[:-1], on.shape[-1] // _WORD, _WORD).astype(jnp.uint32)
     return (on << jnp.arange(_WORD, dtype=jnp.uint32)).sum(axis=-1, dtype=jnp.uint32)
 
 
 def unpack(words: UInt32[Array, "*rows words"], n: int) -> Bool[Array, "*rows n"]:
     """The inverse of ``pack``."""
     bits = (words[..., None] >> jnp.arange(_WORD, dtype=jnp.uint32)) & jnp.uint32(1)
-    return bits.reshape(*words.shape[:-1], -1)[..., :n] != 0
+    return bits.reshape(*words.shape[:-1], words.shape[-1] * _WORD)[..., :n] != 0
 
 
 def ones(words: UInt32[Array, "*rows words"]) -> Int[Array, "*rows words"]:
