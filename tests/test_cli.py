@@ -181,3 +181,13 @@ def test_more_mistakes_are_one_line_and_leave_no_trace(tmp_path, capsys):
         error = capsys.readouterr().err
         assert word in error.splitlines()[-1] and "Traceback" not in error and error.splitlines()[-1].startswith("dlmscope: "), error
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_only_a_process_of_its_own_keeps_what_is_freed(monkeypatch, capsys):
+    """What the C library is told holds for a whole process, which is a caller's where arguments are given."""
+    told = []
+    monkeypatch.setattr(cli, "keep_freed_memory", lambda: told.append(True))
+    assert cli.main(["--version"]) == 0 and not told
+    monkeypatch.setattr(sys, "argv", ["dlmscope", "--version"])
+    assert cli.main() == 0 and told == [True]
+    assert capsys.readouterr().out.count("dlmscope_jax ") == 2
