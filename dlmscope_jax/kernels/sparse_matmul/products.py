@@ -8,9 +8,9 @@ A row-sparse code is values and indices [B, k], a flat-sparse one M triples (val
 - ``outer``, ``outer_flat``: a code, transposed, times rows [B, D]: [N, D]
 - ``sums``: a code, transposed, times ones: [N]
 
-Implementations: ``reference`` (dense products), ``gather`` (XLA loops), ``segments`` and ``levels`` (``gather``, but sums by latent in a
-fixed order where that one scatters; the second for caches), ``pallas_tpu``, ``pallas_gpu``. README.md has the rule of choice and
-what it rests on.
+Implementations: ``reference`` (dense products), ``gather`` (XLA loops), ``segments`` and ``levels`` (``gather``, but pairs sorted by latent
+where that one scatters; the first adds in a fixed order everywhere, the second is made for caches), ``pallas_tpu``, ``pallas_gpu``.
+README.md has the rule of choice and what it rests on.
 """
 
 from collections.abc import Callable
