@@ -54,6 +54,18 @@ def test_half_precision(name, dtype):
         check_topk(COMPILED[name], jnp.asarray(rows(kind, (3, 130))).astype(dtype), 7)
 
 
+@pytest.mark.parametrize("name", HERE)
+def test_double_precision(name):
+    """And with it jax's own integers are 64 bits wide, which no loop here may carry."""
+    with jax.enable_x64(True):
+        x = jnp.asarray(rows("special", (3, 130)), jnp.float64).at[:, ::3].add(1e-12)
+        values, indices = COMPILED[name](x, 7)
+        want_values, want = jax.lax.top_k(x, 7)
+        np.testing.assert_array_equal(indices, want)
+        np.testing.assert_array_equal(np.asarray(values).view(np.int64), np.asarray(want_values).view(np.int64))
+        assert indices.dtype == jnp.int32
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("n_rows", "width", "k"), [(2, 1, 1), (1, 200, 1), (2, 33, 33), (1, 70, 69)])
 def test_one_winner_and_all_of_them(name, n_rows, width, k):

@@ -76,6 +76,13 @@ def test_all_entries_and_half_precision():
     np.testing.assert_array_equal(rows * 9 + latents, definition(np.asarray(half, np.float32), 7))
 
 
+@pytest.mark.parametrize("pre", [np.random.default_rng(5).normal(size=(4, 9)), large("normal").astype(np.float64)], ids=["small", "large"])
+def test_double_precision(pre):
+    """And with it jax's own integers are 64 bits wide, which no loop here may carry."""
+    with jax.enable_x64(True):
+        check(pre + 1e-12 * np.arange(pre.size).reshape(pre.shape), 7)
+
+
 def test_under_vmap_it_selects_from_each_batch():
     pre = np.random.default_rng(3).normal(size=(3, 6, 50)).astype(np.float32)
     _, rows, latents = jax.jit(jax.vmap(lambda p: topk_batch(p, 18)))(jnp.asarray(pre))

@@ -71,7 +71,7 @@ def _at_least(x: Array, bound: Array) -> Array:
 
 
 def _narrow(x: Array, rank: Array, bracket: Bracket, few: int, probes: tuple[Array, ...] = ()) -> Bracket:
-    return enclose(lambda bound: marks.ones(_at_least(x, bound)).sum(), rank, bracket, rank, few, probes)
+    return enclose(lambda bound: marks.total(_at_least(x, bound)), rank, bracket, rank, few, probes)
 
 
 def _whole(x: Array) -> Bracket:
@@ -100,7 +100,7 @@ def _chosen(x: Array, count: Array) -> Array:
     else:
         low, high, n_low, n_high = _narrow(x, count, _whole(x), _FEW, _probes(x, count))
         between = _at_least(x, low) & ~_at_least(x, high + 1)
-        few = jnp.where(jnp.arange(_FEW) < n_low - n_high, x[marks.places(between, _FEW)], -jnp.inf)
+        few = jnp.where(jnp.arange(_FEW, dtype=jnp.int32) < n_low - n_high, x[marks.places(between, _FEW)], -jnp.inf)
         # More than _FEW are between only if all are equal or all are kept: nothing is left to narrow.
         low, high, _, above = _narrow(few, count - n_high, Bracket(low, high, n_low - n_high, n_low - n_low), 0)
         n_high = n_high + above

@@ -99,4 +99,4 @@ def _largest(key: Array, k: int, room: int, low: Array) -> tuple[Array, Array, A
     above = marks.pack(key > high[:, None])
     level = marks.pack((key >= low[:, None]) & (key <= high[:, None]))
     words = above | marks.first(level, room - n_high)
-    return marks.places(words, room), jnp.arange(room) < marks.ones(words).sum(axis=1)[:, None], low
+    return marks.places(words, room), jnp.arange(room, dtype=jnp.int32) < marks.total(words)[:, None], low

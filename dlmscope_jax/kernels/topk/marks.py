@@ -36,24 +36,33 @@ def ones(words: UInt32[Array, "*rows words"]) -> Int[Array, "*rows words"]:
     return jax.lax.population_count(words).astype(jnp.int32)
 
 
+def total(words: UInt32[Array, "*rows words"]) -> Int[Array, "*rows"]:
+    """How many bits of each row are set."""
+    return ones(words).sum(axis=-1, dtype=jnp.int32)
+
+
 def count(on: Bool[Array, "*rows n"]) -> Int[Array, "*rows"]:
     """How many are true. By way of ``pack``: a plain sum, on a CPU, writes an int32 an entry first and takes two to five times as long."""
-    return ones(pack(on)).sum(axis=-1)
+    return total(pack(on))
 
 
 def places(words: UInt32[Array, "*rows words"], count: int) -> Int[Array, "*rows count"]:
     """The positions of the first ``count`` set bits, ascending; meaningless behind the last one, but inside of the words."""
     rank = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (*words.shape[:-1], count))
-    return _place(words, jnp.cumsum(ones(words), axis=-1), rank)
+    return _place(words, _running(words), rank)
 
 
 def first(words: UInt32[Array, "*rows words"], count: Int[Array, "*rows"]) -> UInt32[Array, "*rows words"]:
     """The words with no more than the first ``count`` >= 1 set bits of each row left."""
-    running = jnp.cumsum(ones(words), axis=-1)
+    running = _running(words)
     last = _place(words, running, count[..., None] - 1)
     at, word = last // _WORD, jnp.arange(words.shape[-1], dtype=jnp.int32)
     upto = jnp.where(word == at, ~jnp.uint32(0) >> (_WORD - 1 - last % _WORD).astype(jnp.uint32), jnp.uint32(0))
     return jnp.where(running[..., -1:] > count[..., None], words & jnp.where(word < at, ~jnp.uint32(0), upto), words)
+
+
+def _running(words: Array) -> Array:
+    return jnp.cumsum(ones(words), axis=-1, dtype=jnp.int32)
 
 
 def _place(words: Array, running: Array, j: Array) -> Array:

@@ -165,10 +165,11 @@ def ties_here(
     before, whole = jnp.zeros_like(level), level
     if latent_axes:
         shards = jax.lax.all_gather(level, latent_axes)
-        earlier = jnp.arange(shards.shape[0]) < jax.lax.axis_index(latent_axes)
-        before, whole = jnp.where(earlier[:, None], shards, 0).sum(axis=0), shards.sum(axis=0)
-    before = before + jnp.cumsum(whole) - whole
+        earlier = jnp.arange(shards.shape[0], dtype=jnp.int32) < jax.lax.axis_index(latent_axes)
+        before, whole = (a.sum(axis=0, dtype=level.dtype) for a in (jnp.where(earlier[:, None], shards, 0), shards))
+    before = before + jnp.cumsum(whole, dtype=level.dtype) - whole
     if row_axes:
-        shards = jax.lax.all_gather(whole.sum(), row_axes)
-        before = before + jnp.where(jnp.arange(shards.shape[0]) < jax.lax.axis_index(row_axes), shards, 0).sum()
+        shards = jax.lax.all_gather(whole.sum(dtype=level.dtype), row_axes)
+        earlier = jnp.arange(shards.shape[0], dtype=jnp.int32) < jax.lax.axis_index(row_axes)
+        before = before + jnp.where(earlier, shards, 0).sum(dtype=level.dtype)
     return jnp.clip(ties - before, 0, level)
