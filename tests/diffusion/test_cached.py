@@ -24,8 +24,10 @@ def assert_same(a, b, atol=2e-5):
     np.testing.assert_allclose(a.confidence, b.confidence, atol=atol)
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("positions", ["rotary", "learned"])
+@pytest.mark.parametrize(
+    ("padded", "positions"),
+    [(True, "rotary"), (True, "learned"), *(pytest.param(False, name, marks=pytest.mark.slow) for name in ("rotary", "learned"))],
+)
 def test_autoregressive_cache_is_exact(tiny, monkeypatch, padded, positions):
     model, params = tiny.network("causal", positions=positions, n_kv_heads=1)
     prompt = tiny.prompts(5, 7)
@@ -72,7 +74,10 @@ def test_a_cached_pass_is_over_one_token(tiny):
 BLOCKS = [(shift, sub, threshold, factor) for shift in (False, True) for sub in (4, 2) for threshold, factor in ((0.5, None), (0.9, 1.2))]
 
 
-@pytest.mark.parametrize("shift, sub, threshold, factor", BLOCKS)
+DEFAULT = (BLOCKS[0], BLOCKS[-1])  # each value of each option in one of the two; the others with --full
+
+
+@pytest.mark.parametrize("shift, sub, threshold, factor", [b if b in DEFAULT else pytest.param(*b, marks=pytest.mark.slow) for b in BLOCKS])
 def test_block_cache_is_exact(tiny, shift, sub, threshold, factor):
     """Prompts of every length modulo the block, with padding, against the same sampler on the whole text."""
     model, params = tiny.network("block_causal", shift=shift, block_length=4)

@@ -45,7 +45,7 @@ def bench_of(name):
 
 
 @pytest.mark.parametrize("name", CAUSAL)
-@pytest.mark.parametrize("chunks", [(1,) * LENGTH, (5, 1, 6)])
+@pytest.mark.parametrize("chunks", [pytest.param((1,) * LENGTH, marks=pytest.mark.slow), (5, 1, 6)])
 def test_causal_by_tokens_and_by_chunks(name, chunks):
     bench = bench_of(name)
     logits, cache = bench.by_chunks(bench.tokens, chunks)

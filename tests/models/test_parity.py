@@ -258,7 +258,10 @@ CASES = [(family, name) for family in FAMILIES for name in PROPERTIES if name !=
 
 # every part of a network is differentiated in one of these; the other families are made of the same parts
 DIFFERENTIATED = ("llama", "gpt2", "gemma2", "mdlm")
-SLOW = [(family, name) for family, name in CASES if name == "gradients" and family not in DIFFERENTIATED]
+# rounding is that of the parts, caches that of the kinds of attention
+ROUNDED = (*DIFFERENTIATED, "neox", "dream", "sdar")
+DEFAULT = {"gradients": DIFFERENTIATED, "bfloat16": ROUNDED, "cache": ROUNDED}
+SLOW = [(family, name) for family, name in CASES if family not in DEFAULT.get(name, (family,))]
 MARKED = [pytest.param(*case, marks=pytest.mark.slow) if case in SLOW else case for case in CASES]
 
 

@@ -89,7 +89,7 @@ def bench_of(name):
 BENCHES = ["gpt2", "neox", "gemma2", "qwen3", "mdlm", "blocks"]  # the others have no switch of their own
 
 
-@pytest.fixture(params=BENCHES)
+@pytest.fixture(params=[name if name in ("gpt2", "gemma2", "mdlm") else pytest.param(name, marks=pytest.mark.slow) for name in BENCHES])
 def bench(request):
     return bench_of(request.param)
 
