@@ -153,6 +153,7 @@ NAMES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_architecture_goes_the_whole_way(several):
     run, folder, out = several
     assert sorted(p.name for p in (folder / "dictionaries" / "llada").iterdir()) == sorted(NAMES)
@@ -168,6 +169,7 @@ def test_every_architecture_goes_the_whole_way(several):
     assert not np.array_equal(one["W_enc"], two["W_enc"])
 
 
+@pytest.mark.slow
 def test_fidelity_of_a_transcoder_is_that_of_what_it_writes(several):
     run, folder, _ = several
     spec, params, _ = load_dictionary(folder / "dictionaries" / "llada" / NAMES[-1])
@@ -181,6 +183,7 @@ def test_fidelity_of_a_transcoder_is_that_of_what_it_writes(several):
     )
 
 
+@pytest.mark.slow
 def test_binary_codes_count_their_rarer_values_everywhere(several):
     run, folder, _ = several
     name = NAMES[5]
@@ -201,6 +204,7 @@ def test_binary_codes_count_their_rarer_values_everywhere(several):
             assert window["activations"][window["peak"]] == 1
 
 
+@pytest.mark.slow
 def test_the_report_compares_the_architectures(several):
     _, folder, _ = several
     page = (folder / "report.html").read_text()
