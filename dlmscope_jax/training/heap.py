@@ -1,8 +1,8 @@
 """The C library's heap while training on a CPU.
 
 A step takes memory for what lies between its inputs and outputs and gives it back at its end. glibc returns blocks of that size to
-the system each time, and the system hands out zeroed pages each time, one fault for every 4 kB: at 2048 rows and 16,384 latents that
-alone costs a twentieth of a step. Compiling, on the other hand, leaves behind some hundred megabytes that nobody needs again.
+the system each time, and the system hands out zeroed pages each time, one fault for every 4 kB.
+Compiling, on the other hand, leaves behind some hundred megabytes that nobody needs again.
 """
 
 import ctypes

@@ -60,16 +60,22 @@ def make_optimiser(name: Optimizer, betas: tuple[float, float], eps: float, dict
         with jax.default_matmul_precision("highest"):
             updates, new = transform.update(gradients, state, params)
         moved = dictionary.constrain(jax.tree.map(lambda p, u: p - rate * u, params, updates))
-        return _kept(keep, (moved, new), (params, state))
+        return kept(keep, (moved, new), (params, state))
 
     return Optimiser(transform.init, update, lambda state, params: params)
+
+
+def held_at_unit_norm(dictionary: Dictionary, name: str) -> bool:
+    """Whether training holds the rows of a parameter at unit norm."""
+    return dictionary.unit_decoder and name == "W_dec"
 
 
 def _clipped(dictionary: Dictionary, params: dict, gradients: dict, scale: Array) -> dict:
     return jax.tree.map(lambda g: g * scale, dictionary.project_gradient(params, gradients))
 
 
-def _kept(keep: Array, new: Any, old: Any) -> Any:
+def kept(keep: Array, new: Any, old: Any) -> Any:
+    """The new tree, or the old one where ``keep`` is False."""
     return jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, old)
 
 
@@ -86,7 +92,7 @@ def _adam(betas: tuple[float, float], eps: float, dictionary: Dictionary, dtype:
         for name, weight in params.items():
             shape = (1, -1) if weight.ndim < 2 else (-1, weight.shape[-1])
             four = (array.reshape(shape) for array in (weight, state.mu[name], state.nu[name], gradients[name]))
-            unit = dictionary.unit_decoder and name == "W_dec"
+            unit = held_at_unit_norm(dictionary, name)
             new = row_update(*four, rate=rate, count=count, scale=scale, keep=keep, b1=b1, b2=b2, eps=eps, unit=unit)
             weights[name], mu[name], nu[name] = (array.reshape(weight.shape) for array in new)
         count = jnp.where(keep, count, state.count)
@@ -110,7 +116,7 @@ def _schedule_free(betas: tuple[float, float], eps: float, dictionary: Dictionar
     def update(gradients: dict, state: Any, params: dict, rate: Array, scale: Array, keep: Array) -> tuple[dict, Any]:
         updates, new = transform(rate).update(_clipped(dictionary, params, gradients, scale), state, params)
         moved = dictionary.constrain(jax.tree.map(lambda p, u: p + u, params, updates))
-        return _kept(keep, (moved, new._replace(z=dictionary.constrain(new.z))), (params, state))
+        return kept(keep, (moved, new._replace(z=dictionary.constrain(new.z))), (params, state))
 
     def weights(state: Any, params: dict) -> dict:
         return dictionary.constrain(contrib.schedule_free_eval_params(state, params))

@@ -15,6 +15,7 @@ from dlmscope_jax.kernels import squared_norm
 
 from . import schedules
 from .averaging import follow
+from .optimisers import held_at_unit_norm, kept
 from .program import Program, program_of
 from .resampling import resample
 from .spec import TrainSpec
@@ -67,13 +68,13 @@ def _step(program: Program, state: TrainState, batch: Rows) -> tuple[TrainState,
         (loss, parts), gradients = _with_aux(differentiated, dead)
     else:
         (loss, parts), gradients = differentiated(dead if program.aux else None)
-    norm = jnp.sqrt(sum(squared_norm(g, old[name] if _unit(dictionary, name) else None) for name, g in gradients.items()))
+    norm = jnp.sqrt(sum(squared_norm(g, old[name] if held_at_unit_norm(dictionary, name) else None) for name, g in gradients.items()))
     good = jnp.isfinite(loss) & jnp.isfinite(norm)
     clip = jnp.minimum(1.0, numbers.clip / norm)
 
     weights, opt_state = optimiser_of(program).update(gradients, state.opt_state, old, rate, clip, good)
     params = _measure(program, state, {**state.params, **weights}, parts.statistics, settings, good)
-    average = None if state.average is None else _kept(good, follow(state.average, learned(dictionary, params), numbers.ema), state.average)
+    average = None if state.average is None else kept(good, follow(state.average, learned(dictionary, params), numbers.ema), state.average)
     since = jnp.where(parts.fired > 0, 0, jnp.minimum(state.rows_since_fired + x.shape[0], _LONG))
     since = jnp.where(good, since, state.rows_since_fired)
     resampled = jnp.int32(0)
@@ -129,15 +130,6 @@ def _with_aux(differentiated: Callable[[Array | None], Any], dead: Array) -> Any
         return (loss, dataclasses.replace(parts, terms=parts.terms | nothing, measured=parts.measured | nothing)), gradients
 
     return jax.lax.cond(dead.any(), lambda: differentiated(dead), without)
-
-
-def _unit(dictionary: Any, name: str) -> bool:
-    """Whether the rows of a parameter are held at unit norm."""
-    return dictionary.unit_decoder and name == "W_dec"
-
-
-def _kept(good: Array, new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
 
 
 def _measure(program: Program, state: TrainState, params: dict, statistics: dict, settings: LossSettings, good: Array) -> dict:
