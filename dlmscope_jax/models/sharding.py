@@ -1,11 +1,10 @@
-"""How a language model is laid out on a mesh: logical axes of every weight, and one table from them to mesh axes."""
+"""How a language model is laid out on a mesh: the names of every weight's dimensions (``distributed.RULES`` places them)."""
 
 from typing import Any
 
-import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
-from dlmscope_jax.errors import UserError
+from dlmscope_jax import distributed
 
 AXES: dict[str, tuple[str | None, ...]] = {
     "embed": ("vocab", "embed"),
@@ -45,7 +44,6 @@ AXES: dict[str, tuple[str | None, ...]] = {
     "up": ("layer", "embed", "mlp"),
     "down": ("layer", "mlp", "embed"),
 }
-RULES = {"vocab": "model", "heads": "model", "kv_heads": "model", "mlp": "model", "embed": "data", "layer": None}
 
 
 def partition_specs(params: Any, mesh: Mesh) -> Any:
@@ -58,19 +56,4 @@ def partition_specs(params: Any, mesh: Mesh) -> Any:
     Raises:
       UserError: for a parameter without declared axes, or a dimension other than the vocabulary that the mesh does not divide.
     """
-
-    def spec(path: tuple, leaf: Any) -> PartitionSpec:
-        name = path[-1].key
-        if name not in AXES:
-            raise UserError(f"parameter {jax.tree_util.keystr(path)} has no declared axes")
-        placed: tuple[str | None, ...] = tuple(RULES.get(axis) if RULES.get(axis) in mesh.axis_names else None for axis in AXES[name])
-        # a vocabulary such as GPT-2's 50,257 stays whole where it cannot be divided
-        whole = [AXES[name][i] == "vocab" and axis is not None and leaf.shape[i] % mesh.shape[axis] for i, axis in enumerate(placed)]
-        placed = tuple(None if keep else axis for axis, keep in zip(placed, whole, strict=True))
-        for size, axis in zip(leaf.shape, placed, strict=True):
-            if axis is not None and size % mesh.shape[axis]:
-                where = jax.tree_util.keystr(path)
-                raise UserError(f"parameter {where}: dimension {size} is not divisible by mesh axis {axis!r} of {mesh.shape[axis]}")
-        return PartitionSpec(*placed)
-
-    return jax.tree.map_with_path(spec, params)
+    return distributed.partition_specs(AXES, params, mesh)

@@ -6,7 +6,8 @@ from functools import partial
 from jax.sharding import AxisType, Mesh, PartitionSpec as P
 from dlmscope_jax import kernels
 from dlmscope_jax.errors import UserError
-from dlmscope_jax.kernels.sparse_matmul.sharded import decode, encode_topk, shared, summed
+from dlmscope_jax.kernels.axes import shared, summed
+from dlmscope_jax.kernels.sparse_matmul.sharded import decode, encode_topk
 from dlmscope_jax.kernels.topk.sharded import among_shards, topk
 sys.path.insert(0, "tests/kernels")
 from programs import collectives, moved

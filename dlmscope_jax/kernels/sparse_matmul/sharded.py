@@ -5,7 +5,7 @@ latents (``topk.sharded.among_shards``). It decodes these, and one sum over the 
 the cotangent of the sum is the same on every shard, and row dots and weight gradients are local.
 
 What is the same on every shard (rows of the batch, the pre-encoder bias) passes through ``shared`` before it meets what is
-divided. Then its gradient is the sum over the shards; where nobody asks for that gradient the sum is not in the program.
+divided (``kernels/axes.py``). Then its gradient is the sum over the shards; where nobody asks for that gradient the sum is not in the program.
 
 Traffic between devices: forward the [B, D] sum; backward [D] for the pre-encoder bias, [B, D] for the gradient of the rows where
 it is wanted. A shard reads the dictionary rows of all its candidates, of those that lost as well, with the value 0.
@@ -14,35 +14,13 @@ Range: that of ``kernels.decode`` and ``kernels.encode_topk`` with selection in 
 off (compiled for TPUs with it off). Not measured: no two devices were at hand.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dlmscope_jax import kernels
+from dlmscope_jax.kernels.axes import shared, summed
 from dlmscope_jax.kernels.topk.sharded import among_shards
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def shared(x: Array, axis: str) -> Array:
-    """``x``, which is the same on every shard of ``axis``; its cotangent is the sum of the shards' cotangents."""
-    return jax.lax.pcast(x, axis, to="varying")
-
-
-shared.defvjp(lambda x, axis: (shared(x, axis), None), lambda axis, _, cotangent: (jax.lax.psum(cotangent, axis),))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def summed(x: Array, axis: str) -> Array:
-    """The sum of ``x`` over the shards of ``axis``, the same on each; so is its cotangent, which every shard takes as it is.
-
-    (Without ``check_vma``, jax gives ``psum`` the cotangent ``psum``, which is as many times too large as there are shards.)
-    """
-    return jax.lax.psum(x, axis)
-
-
-summed.defvjp(lambda x, axis: (summed(x, axis), None), lambda axis, _, cotangent: (jax.lax.pcast(cotangent, axis, to="varying"),))
 
 
 def encode_topk(
