@@ -1,9 +1,9 @@
 """Meshes, and how named dimensions of arrays are laid out on them.
 
-A mesh has the axes ``("data", "model")``, with ``"replica"`` before them where there are several slices. Rows of batches and sequences are
-divided over ``replica`` and ``data``; over ``model`` lie what one device cannot hold: latents, heads, MLP neurons, the vocabulary. The weights of
-a language model are divided over ``data`` as well. Each weight names its dimensions where it is declared; ``RULES`` is the only place
-that says which mesh axis a name goes to.
+A mesh has the axes ``("data", "model")``, with ``"replica"`` before them where there are several slices. Rows of batches and
+sequences are divided over ``replica`` and ``data``; over ``model`` lie what one device cannot hold: latents, heads, MLP neurons, the
+vocabulary. The weights of a language model are divided over ``data`` as well. Each weight names its dimensions where it is declared;
+``RULES`` is the only place that says which mesh axis a name goes to.
 """
 
 import math
@@ -60,9 +60,7 @@ def make_mesh(data: int | None = None, model: int = 1, replica: int = 1, devices
         data = max(1, len(devices) // (model * replica))
     if replica * data * model != len(devices):
         asked = f"{f'replica {replica} x ' if replica > 1 else ''}data {data} x model {model}"
-        raise UserError(
-            f"mesh: {asked} makes {replica * data * model} devices, there are {len(devices)}: leave data out to use all of them"
-        )
+        raise UserError(f"mesh: {asked} is for {replica * data * model} devices, there are {len(devices)}: leave data out to use all")
     if slices > 1:
         if replica % slices:
             raise UserError(f"mesh: replica = {replica} must be a multiple of the {slices} slices that the devices are in")

@@ -278,7 +278,7 @@ def test_sharding_mistakes(tiny_model):
     from jax.sharding import AbstractMesh
 
     _, params = tiny_model("llama")
-    with pytest.raises(UserError, match="16 is not divisible"):
+    with pytest.raises(UserError, match=r"16 \(kv_heads\) is not divisible"):
         partition_specs(params["params"], AbstractMesh((1, 3), ("data", "model")))
     with pytest.raises(UserError, match="no declared axes"):
         partition_specs({"stranger": np.zeros(3)}, AbstractMesh((1, 1), ("data", "model")))

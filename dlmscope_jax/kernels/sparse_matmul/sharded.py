@@ -4,8 +4,8 @@ Each shard holds some rows of the dictionary and, for every row of the batch, it
 latents (``topk.sharded.among_shards``). It decodes these, and one sum over the shards gives [B, D]. Backwards nothing has to move:
 the cotangent of the sum is the same on every shard, and row dots and weight gradients are local.
 
-What is the same on every shard (rows of the batch, the pre-encoder bias) passes through ``shared`` before it meets what is
-divided (``kernels/axes.py``). Then its gradient is the sum over the shards; where nobody asks for that gradient the sum is not in the program.
+What is the same on every shard (rows of the batch, the pre-encoder bias) passes through ``shared`` (``kernels/axes.py``) before it
+meets what is divided. Then its gradient is the sum over the shards; where nobody asks for that gradient the sum is not in the program.
 
 Traffic between devices: forward the [B, D] sum; backward [D] for the pre-encoder bias, [B, D] for the gradient of the rows where
 it is wanted. A shard reads the dictionary rows of all its candidates, of those that lost as well, with the value 0.
@@ -14,7 +14,6 @@ Range: that of ``kernels.decode`` and ``kernels.encode_topk`` with selection in 
 off (compiled for TPUs with it off). Not measured: no two devices were at hand.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
