@@ -20,8 +20,12 @@ VERBS = {
     "train": ("pipeline", "train", "train dictionaries on what was harvested"),
     "evaluate": ("pipeline", "evaluate", "examine dictionaries on the test side: fidelity, and what inserting them costs"),
     "report": ("pipeline", "report", "write the run's results into one HTML file"),
+    "plan": ("plan", "plan", "say what a run takes, on devices that may not be here: memory, traffic, time; --topology=v5e:16x16"),
+    "profile": ("profile", "profile", "run a few training steps under the profiler, and say where their time goes"),
+    "cache": ("cache", "", "info | verify | repair, of a config's stores or of one at a URL: what is in it, what is damaged, mend it"),
     "doctor": ("doctor", "doctor", "say what this machine has: versions, devices, disk, corpus"),
 }
+_ACTIONS = ("info", "verify", "repair")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,17 +75,34 @@ def _run(arguments: list[str]) -> int:
 
     wants_help = any(a in ("-h", "--help") for a in rest)
     files, overrides = _split([a for a in rest if a not in ("-h", "--help")])
+    module, function, what = VERBS[verb]
+    if verb == "cache":
+        if not wants_help or files:
+            function = _action(files)
+        store = bool(files) and not files[0].endswith((".yaml", ".yml"))
+        if store and not wants_help:
+            if overrides:
+                raise UserError(f"cache {function}: {overrides[0]} belongs to a config; a store at a URL has no options")
+            getattr(importlib.import_module(f"dlmscope_jax.recipes.{module}"), function)(files[0])
+            return 0
     if len(files) > 1:
         raise UserError(f"{verb} takes one config, got {' and '.join(files)}; write options as --section.field=value")
     run = config.load(Run, files[0] if files else None, overrides)
     if wants_help:
         import tyro
 
-        print(f"dlmscope {verb}: {VERBS[verb][2]}.\nOptions override the config's fields: --section.field=value; lists as [a, b].\n")
+        print(f"dlmscope {verb}: {what}.\nOptions override the config's fields: --section.field=value; lists as [a, b].\n")
         tyro.cli(tyro.conf.AvoidSubcommands[Run], prog=f"dlmscope {verb} [CONFIG.yaml]", default=run, args=["--help"], use_underscores=True)
-    module, function, _ = VERBS[verb]
     getattr(importlib.import_module(f"dlmscope_jax.recipes.{module}"), function)(run)
     return 0
+
+
+def _action(files: list[str]) -> str:
+    """Takes the first word off ``cache ACTION ...``."""
+    if not files or files[0] not in _ACTIONS:
+        given = f"{files[0]!r} is none of" if files else "say which of"
+        raise UserError(f"cache: {given} {', '.join(_ACTIONS)}: dlmscope cache verify CONFIG.yaml, or the URL of a store")
+    return files.pop(0)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -15,13 +15,43 @@ Optimizer = Literal["adam", "adam_bf16", "lion", "signum", "muon", "schedule_fre
 
 
 @dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Over which devices the work is divided; the defaults use all of them, each with rows of its own."""
+
+    # parts of the rows and of the sequences; empty is whatever the devices leave
+    data: int | None = None
+    # parts of the latents, and of the language model's width
+    model: int = 1
+    # copies of the whole on slices that only a network joins; 1 is the number of slices that there are
+    replica: int = 1
+    # how the dictionary step is divided; empty is shard_map, on one device jit
+    parallel: Literal["shard_map", "jit", "pmap"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """The processes of a run on several hosts; under SLURM nothing needs to be said."""
+
+    # host:port of process 0, or auto where the machine knows, as on a TPU pod
+    coordinator: str | None = None
+    # how many there are
+    processes: int | None = None
+    # which one this is, from 0
+    process: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Data:
     """Which text is read and how it is cut."""
 
-    # "builtin" (the corpus that every Python installation carries), a folder, or a .jsonl or .parquet file
+    # "builtin" (the corpus that every Python installation carries), a folder, a .jsonl or .parquet file, or hf://datasets/OWNER/NAME
     path: str = "builtin"
     # tokens a block
     block_length: int = 256
+    # .parquet and .jsonl are read bit by bit as far as they are needed, from a folder or the hub, and not held as a whole
+    stream: bool = False
+    # the column of tables that holds the text
+    text: str = "text"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +70,10 @@ class Harvest:
     low: float = 0.05
     # the highest rate
     high: float = 1.0
-    # blocks a forward pass
+    # blocks a forward pass, on all devices together
     batch_size: int = 32
+    # of the stored rows; int8 has one scale for each row
+    dtype: Literal["bfloat16", "float16", "float32", "int8"] = "bfloat16"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,8 +237,18 @@ class Train:
     normalize: Literal["rms", "none"] = "rms"
     # which rows of a diffusion model are learned from
     select: Select = "all"
+    # store: rows that were harvested; growing: the same while another process harvests; model: straight from the model, none are kept
+    source: Literal["store", "growing", "model"] = "store"
+    # parts of a batch whose gradients are added up one after the other, where the whole batch does not fit
+    micro_batches: int = 1
+    # source model: rows that are shuffled together
+    buffer_rows: int = 1 << 18
     # steps between two checkpoints
     checkpoint_every: int = 1000
+    # how many of the newest checkpoints stay
+    keep: int = 2
+    # a metric such as explained_variance or loss whose best checkpoint stays as well
+    best: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,6 +303,12 @@ class Run:
     models: tuple[str, ...] = ("pocket-dlm", "pocket-dream", "pocket-ar")
     # of the language models' computation
     dtype: Literal["float32", "bfloat16"] = "float32"
+    # devices that are not here, for dlmscope plan: v5e:16x16, v5p:4x4x4, v6e:8x8; empty is this machine's
+    topology: str = ""
+    # over which devices the work is divided
+    mesh: Mesh = Mesh()
+    # the processes of a run on several hosts
+    cluster: Cluster = Cluster()
     # raw, as published, or folded as TransformerLens does it, which released GPT-2 and Pythia dictionaries need
     weight_processing: Literal["raw", "folded"] = "raw"
     # of masks, of the order of rows and of the dictionaries' first weights
@@ -310,11 +358,34 @@ class Run:
                 value = getattr(getattr(self, section), field)
                 _require(value is None or value > 0, f"{section}.{field}", "should be above 0")
         _require(self.report.latents >= 0, "report.latents", "should be 0 or above")
+        self._check_places()
+
+    def _check_places(self) -> None:
+        """Where rows come from and on what devices they are used."""
+        mesh, cluster, recipe = self.mesh, self.cluster, self.train
+        _require(recipe.batch_size % recipe.micro_batches == 0, "train.micro_batches",
+                 f"should divide train.batch_size, {recipe.batch_size} rows")  # fmt: skip
+        _require(recipe.source == "store" or not self.synthetic, "train.source", "a synthetic world's rows come from its store")
+        wrapping = mesh.parallel or "shard_map"
+        _require(wrapping == "shard_map" or mesh.model == mesh.replica == 1, "mesh.parallel",
+                 f"{wrapping} divides neither latents nor replicas: use shard_map, or model: 1 and replica: 1")  # fmt: skip
+        if cluster.process is not None:
+            _require(cluster.processes is not None and 0 <= cluster.process < cluster.processes, "cluster.process",
+                     "should be 0 or above and below cluster.processes")  # fmt: skip
+        explicit = cluster.coordinator not in (None, "auto")
+        _require(explicit == (cluster.processes is not None), "cluster.processes",
+                 "goes with cluster.coordinator: HOST:PORT, and with cluster.process")  # fmt: skip
+        _require(not explicit or cluster.process is not None, "cluster.process", "say which one of the processes this is, from 0")
+        hub = self.data.path.startswith("hf://")
+        _require(not hub or self.data.stream, "data.stream", f"{self.data.path} is on the hub, which is read as a stream: set it to true")
+        _require(self.data.path != "builtin" or not self.data.stream, "data.stream", "the builtin corpus is no stream: name data.path")
 
 
 _POSITIVE = {
+    "mesh": ("data", "model", "replica"),
+    "cluster": ("processes",),
     "harvest": ("train_rows", "test_rows", "batch_size"),
-    "train": ("steps", "batch_size", "lr", "checkpoint_every"),
+    "train": ("steps", "batch_size", "lr", "checkpoint_every", "micro_batches", "keep", "buffer_rows"),
     "evaluate": ("blocks", "batch_size"),
     "report": ("new_tokens",),
 }
