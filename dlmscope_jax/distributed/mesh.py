@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from .errors import UserError
+from dlmscope_jax.errors import UserError
 
 Logical = tuple[str | None, ...]  # the names of an array's dimensions; None is never divided
 
