@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from dlmscope_jax import kernels
 from dlmscope_jax.errors import UserError
+from dlmscope_jax.kernels.axes import ALONE, Axes
 
 from . import rows
 from .codes import Bits, Codes, Dense, FlatSparse, take_rows
@@ -22,6 +23,14 @@ from .losses import LossParts, LossSettings, explained
 
 RowNorm = Literal["none", "layer_norm", "unit_rms"]
 _HIGHEST = jax.lax.Precision.HIGHEST
+_AXES: dict[str, tuple[str, ...]] = {
+    "W_enc": ("latent", "entry"),
+    "W_dec": ("latent", "entry"),
+    "b_enc": ("latent",),
+    "b_dec": ("entry",),
+    "W_skip": ("entry", "entry"),
+    "b_in": ("entry",),
+}
 
 
 class Dictionary:
@@ -81,6 +90,14 @@ class Dictionary:
         shapes |= {"b_enc": (self.width,), "b_dec": (self.out,)}
         shapes |= {"W_skip": (self.out, self.d_in)} if self.skip else {}
         return shapes | ({"b_in": (self.d_in,)} if self.input_bias else {})
+
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        """What the dimensions of every parameter are, which says how it is divided over devices (``distributed.RULES``)."""
+        return {name: _AXES[name] for name in self.shapes() if name in _AXES}
+
+    def here(self, axes: Axes) -> int:
+        """How many of the latents one device holds."""
+        return self.width // axes.latent_parts
 
     def init(
         self, key: Array, sample: Float[Array, "S D_out"] | None = None, inputs: Float[Array, "S D"] | None = None
@@ -142,14 +159,14 @@ class Dictionary:
         lead = x.shape[:-1]
         return dataclasses.replace(codes, shape=lead) if isinstance(codes, FlatSparse) else take_rows(codes, lead)
 
-    def _codes(self, params: dict, x: Float[Array, "B D"], train: bool) -> Codes:
-        """The activations of normalised rows, with their gradient."""
+    def _codes(self, params: dict, x: Float[Array, "B D"], train: bool, axes: Axes = ALONE) -> Codes:
+        """The activations of normalised rows, with their gradient; of divided latents those that are here, counted from 0."""
         raise NotImplementedError
 
-    def _shift(self, params: dict) -> Float[Array, " D"] | None:
+    def _shift(self, params: dict, axes: Axes = ALONE) -> Float[Array, " D"] | None:
         """What is subtracted before encoding."""
         name = self._shift_name()
-        return None if name is None else params[name]
+        return None if name is None else axes.shared(params[name])
 
     @property
     def centred(self) -> bool:
@@ -162,8 +179,8 @@ class Dictionary:
             return "b_in" if self.input_bias else None
         return "b_dec" if self.subtract else None
 
-    def _preactivations(self, params: dict, x: Float[Array, "B D"]) -> Float[Array, "B N"]:
-        return kernels.preactivations(x, params["W_enc"], params["b_enc"], self._shift(params))
+    def _preactivations(self, params: dict, x: Float[Array, "B D"], axes: Axes = ALONE) -> Float[Array, "B N"]:
+        return kernels.preactivations(axes.shared(x), params["W_enc"], params["b_enc"], self._shift(params, axes))
 
     def decode(self, params: dict, codes: Codes, x: Float[Array, "*batch D"] | None = None) -> Float[Array, "*batch D_out"]:
         """The reconstruction ``W_dec f + b_dec`` (plus ``W_skip x``), float32.
@@ -213,14 +230,20 @@ class Dictionary:
         target: Float[Array, "B D_out"] | None = None,
         dead: Any = None,
         settings: LossSettings = LossSettings(),  # noqa: B008  # frozen
+        axes: Axes = ALONE,
     ) -> tuple[Float[Array, ""], LossParts]:
         """The training loss and what it consists of; differentiate the first result, report the second.
+
+        Where ``axes`` divide the batch or the latents, rows, ``dead`` and parameters are those that are here, and the results those of
+        the whole: the same everywhere, but for ``fired``, which is of the latents that are here. The gradient is what the rows that
+        are here contribute; their sum over ``axes.rows`` is that of the batch.
 
         Args:
           x: rows in training units (divided by the input scale).
           target: what to reconstruct; an autoencoder's default is ``x``, a transcoder must be given it.
           dead: [N] bool, which latents count as dead; None: no auxiliary loss.
           settings: weights of the terms, and k where it is annealed.
+          axes: the mesh axes that divide rows and latents.
 
         Raises:
           UserError: shapes that do not fit, a transcoder without target.
@@ -240,17 +263,17 @@ class Dictionary:
         return flat, target if self.row_norm == "none" else rows.in_units_of(target, scale, offset)
 
     def row_errors(
-        self, params: dict, x: Float[Array, "B D"], target: Float[Array, "B D_out"] | None = None
+        self, params: dict, x: Float[Array, "B D"], target: Float[Array, "B D_out"] | None = None, axes: Axes = ALONE
     ) -> tuple[Float[Array, "B D"], Float[Array, "B D_out"], Float[Array, " B"]]:
         """What resampling asks for: inputs and targets less the biases, normalised, and each row's squared error in training."""
         x, target = self._pair(x, target)
-        error = jnp.square(target - self._output(params, self._codes(params, x, train=True), x)).sum(axis=1)
+        error = jnp.square(target - self._output(params, self._codes(params, x, True, axes), x, axes)).sum(axis=1)
         shift = self._shift(params)
         return x if shift is None else x - shift, target - params["b_dec"], error
 
-    def _output(self, params: dict, codes: Codes, x: Float[Array, "B D"]) -> Float[Array, "B D_out"]:
+    def _output(self, params: dict, codes: Codes, x: Float[Array, "B D"], axes: Axes = ALONE) -> Float[Array, "B D_out"]:
         """The reconstruction of normalised rows, not yet undone: what a loss compares."""
-        return self._combine(params, codes) + self._without_latents(params, x)
+        return axes.sum_latents(self._combine(params, codes)) + self._without_latents(params, x)
 
     def _without_latents(self, params: dict, x: Float[Array, "B D"]) -> Float[Array, "*B D_out"]:
         """The part of ``_output`` that no latent adds: ``b_dec`` (plus ``W_skip x``)."""
@@ -264,13 +287,15 @@ class Dictionary:
         terms: dict[str, Array],
         measured: dict[str, Array] | None = None,
         statistics: dict[str, Array] | None = None,
+        axes: Axes = ALONE,
     ) -> LossParts:
+        residual, target, codes = jax.lax.stop_gradient((residual, target, codes))
         parts = LossParts(
             terms=terms,
             measured=measured or {},
-            explained_variance=explained(residual, target),
-            l0=codes.count().astype(jnp.float32).mean(),
-            fired=codes.fired(self.width),
+            explained_variance=explained(residual, target, axes),
+            l0=axes.mean_rows(axes.sum_latents(codes.count().astype(jnp.float32).mean())),
+            fired=axes.sum_rows(codes.fired(self.here(axes))),
             statistics=statistics or {},
         )
         return jax.lax.stop_gradient(parts)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dlmscope_jax.errors import UserError
+from dlmscope_jax.kernels.axes import ALONE, Axes
 
 from . import rows
 from .base import Dictionary
@@ -94,6 +95,11 @@ class CrossLayer(Dictionary):
         shapes |= {f"W_dec_{layer}": (n, self.layers - layer, out) for layer in range(self.layers)}
         return shapes | ({"threshold": (self.width,)} if self.activation == "jumprelu" else {})
 
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        """What the dimensions of every parameter are. Latents are numbered layer by layer, so no mesh divides them (training.state)."""
+        decoders = {f"W_dec_{layer}": ("latent", "layer", "entry") for layer in range(self.layers)}
+        return super().axes() | decoders | ({"threshold": ("latent",)} if self.activation == "jumprelu" else {})
+
     def init(
         self, key: Array, sample: Float[Array, "S D_out"] | None = None, inputs: Float[Array, "S D"] | None = None
     ) -> dict[str, Array]:
@@ -130,7 +136,7 @@ class CrossLayer(Dictionary):
     def _activate(self, params: dict, pre: Float[Array, "B N"]) -> Dense:
         return Dense(jax.nn.relu(pre) if self.activation == "relu" else jump(pre, params["threshold"], self.window, True))
 
-    def _codes(self, params: dict, x: Float[Array, "B D"], train: bool = False) -> Dense:
+    def _codes(self, params: dict, x: Float[Array, "B D"], train: bool = False, axes: Axes = ALONE) -> Dense:
         return self._activate(params, self._preactivations(params, x))
 
     def _combine(self, params: dict, codes: Codes) -> Float[Array, "*batch D_out"]:
@@ -158,6 +164,7 @@ class CrossLayer(Dictionary):
         target: Float[Array, "B D_out"] | None = None,
         dead: Any = None,
         settings: LossSettings = LossSettings(),  # noqa: B008  # frozen
+        axes: Axes = ALONE,
     ) -> tuple[Float[Array, ""], LossParts]:
         """The mean over rows of sum_l |y^l - target^l|^2, and ``sparsity`` times that of sum_i tanh(c |W_dec,i| a_i / e).
 
@@ -168,14 +175,15 @@ class CrossLayer(Dictionary):
         x, target = self._pair(x, target)
         pre = self._preactivations(params, x)
         codes, norms = self._activate(params, pre), self._norms(params)
-        residual = target - self._output(params, codes, x)
+        residual = target - self._output(params, codes, x, axes)
         entry = rows.typical_entry(self.sizes[2], "none")
         measured = {"sparsity": jnp.tanh(_SATURATION / entry * codes.values * norms).sum(axis=1).mean()}
-        terms = {"reconstruction": squared(residual), "sparsity": settings.sparsity * measured["sparsity"]}
+        measured = axes.mean_rows(measured)
+        terms = {"reconstruction": squared(residual, axes), "sparsity": settings.sparsity * measured["sparsity"]}
         if self.activation == "jumprelu":
-            measured["preactivation"] = (jax.nn.relu(params["threshold"] - pre) * norms).sum(axis=1).mean()
+            measured["preactivation"] = axes.mean_rows((jax.nn.relu(params["threshold"] - pre) * norms).sum(axis=1).mean())
             terms["preactivation"] = settings.preactivation * measured["preactivation"]
-        return total(terms), self._parts(residual, target, codes, terms, measured)
+        return total(terms), self._parts(residual, target, codes, terms, measured, axes=axes)
 
     def _norms(self, params: dict) -> Float[Array, " N"]:
         """Of each latent, the norm of what it writes into all layers."""

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dlmscope_jax import kernels
+from dlmscope_jax.kernels.axes import ALONE, Axes
 
 from .base import Dictionary, RowNorm
 from .codes import Dense
@@ -49,6 +50,10 @@ class Gated(Dictionary):
         shared = {name: shape for name, shape in super().shapes().items() if name != "b_enc"}
         return shared | dict.fromkeys(("b_gate", "b_mag", "r_mag"), (self.width,))
 
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        """What the dimensions of every parameter are."""
+        return super().axes() | dict.fromkeys(("b_gate", "b_mag", "r_mag"), ("latent",))
+
     def init(
         self, key: Array, sample: Float[Array, "S D_out"] | None = None, inputs: Float[Array, "S D"] | None = None
     ) -> dict[str, Array]:
@@ -60,13 +65,13 @@ class Gated(Dictionary):
     def _activation_units(self) -> tuple[str, ...]:
         return ("b_gate", "b_mag")
 
-    def _paths(self, params: dict, x: Float[Array, "B D"]) -> tuple[Float[Array, "B N"], Float[Array, "B N"]]:
+    def _paths(self, params: dict, x: Float[Array, "B D"], axes: Axes) -> tuple[Float[Array, "B N"], Float[Array, "B N"]]:
         """pi and the pre-activations of the magnitude path."""
-        product = kernels.preactivations(x, params["W_enc"], jnp.zeros_like(params["b_gate"]), self._shift(params))
+        product = kernels.preactivations(axes.shared(x), params["W_enc"], jnp.zeros_like(params["b_gate"]), self._shift(params, axes))
         return product + params["b_gate"], jnp.exp(params["r_mag"]) * product + params["b_mag"]
 
-    def _codes(self, params: dict, x: Float[Array, "B D"], train: bool = False) -> Dense:
-        return self._open(*self._paths(params, x))
+    def _codes(self, params: dict, x: Float[Array, "B D"], train: bool = False, axes: Axes = ALONE) -> Dense:
+        return self._open(*self._paths(params, x, axes))
 
     def _open(self, gate: Float[Array, "B N"], magnitude: Float[Array, "B N"]) -> Dense:
         return Dense(jnp.where(gate > 0, jax.nn.relu(magnitude), 0.0))
@@ -78,6 +83,7 @@ class Gated(Dictionary):
         target: Float[Array, "B D_out"] | None = None,
         dead: Any = None,
         settings: LossSettings = LossSettings(),  # noqa: B008  # frozen
+        axes: Axes = ALONE,
     ) -> tuple[Float[Array, ""], LossParts]:
         """``|y - y_hat(f)|^2 + sparsity |ReLU(pi)|_1 + |y - y_frozen(ReLU(pi))|^2``, each the mean over rows; see ``Dictionary.loss``.
 
@@ -85,13 +91,13 @@ class Gated(Dictionary):
         what an autoencoder's encoder subtracts. ``dead`` is not used.
         """
         x, target = self._pair(x, target)
-        gate, magnitude = self._paths(params, x)
+        gate, magnitude = self._paths(params, x, axes)
         codes, opened = self._open(gate, magnitude), jax.nn.relu(gate)
-        residual = target - self._output(params, codes, x)
-        measured = {"sparsity": opened.sum(axis=1).mean()}
+        residual = target - self._output(params, codes, x, axes)
+        measured = {"sparsity": axes.mean_rows(axes.sum_latents(opened.sum(axis=1).mean()))}
         terms = {
-            "reconstruction": squared(residual),
+            "reconstruction": squared(residual, axes),
             "sparsity": settings.sparsity * measured["sparsity"],
-            "gate": squared(target - self._output(jax.lax.stop_gradient(params), Dense(opened), x)),
+            "gate": squared(target - self._output(jax.lax.stop_gradient(params), Dense(opened), x, axes), axes),
         }
-        return total(terms), self._parts(residual, target, codes, terms, measured)
+        return total(terms), self._parts(residual, target, codes, terms, measured, axes=axes)

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from dlmscope_jax.kernels.axes import ALONE, Axes
+
 _HIGHEST = jax.lax.Precision.HIGHEST
 _SMALL = 1e-6  # the reference's
 
@@ -20,6 +22,7 @@ def ghost_residual(
     residual: Float[Array, "B D_out"],
     dead: Bool[Array, " N"],
     entry: float,
+    axes: Axes = ALONE,
 ) -> Float[Array, "B D_out"]:
     """A residual whose squared entries are those of ``residual``, and whose gradient is that of the dead latents' error.
 
@@ -31,6 +34,7 @@ def ghost_residual(
       weight: decoder rows; the same.
       residual: target minus output; held constant.
       entry: the size of a pre-activation; the exponential is taken of ``pre / entry``, as the reference's rows have norm sqrt(width).
+      axes: what divides rows and latents.
 
     Returns:
       Zeros when no latent is dead. A row without residual is zero.
@@ -40,11 +44,11 @@ def ghost_residual(
     def some():
         exponent = jnp.where(dead, pre / entry, -jnp.inf)
         # A dead latent's exponent is negative, as a rule. Where it is not, the row's largest is taken off: g is rescaled anyhow.
-        largest = jax.lax.stop_gradient(jnp.maximum(exponent.max(axis=1, keepdims=True), 0.0))
-        ghost = jnp.matmul(jnp.exp(exponent - largest), weight, precision=_HIGHEST)
+        largest = jnp.maximum(axes.max_latents(jax.lax.stop_gradient(exponent).max(axis=1, keepdims=True)), 0.0)
+        ghost = axes.sum_latents(jnp.matmul(jnp.exp(exponent - largest), weight, precision=_HIGHEST))
         length = jnp.linalg.norm(residual, axis=1, keepdims=True)
         half = jax.lax.stop_gradient(length / (_SMALL + 2.0 * jnp.linalg.norm(ghost, axis=1, keepdims=True)))
         error = (half * ghost - residual) / jnp.sqrt(jnp.maximum(length, 1e-30))
         return jax.lax.stop_gradient(jnp.abs(residual) / jnp.sqrt(jnp.square(error) + _SMALL)) * error
 
-    return jax.lax.cond(dead.any(), some, lambda: jnp.zeros_like(residual))
+    return jax.lax.cond(axes.any_latents(dead), some, lambda: jnp.zeros_like(residual))

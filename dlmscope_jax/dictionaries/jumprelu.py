@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dlmscope_jax.errors import UserError
+from dlmscope_jax.kernels.axes import ALONE, Axes
 
 from . import rows
 from .base import Dictionary, RowNorm
@@ -133,6 +134,10 @@ class JumpReLU(Dictionary):
         """Name and shape of every parameter."""
         return super().shapes() | {"threshold": (self.width,)}
 
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        """What the dimensions of every parameter are."""
+        return super().axes() | {"threshold": ("latent",)}
+
     def init(
         self, key: Array, sample: Float[Array, "S D_out"] | None = None, inputs: Float[Array, "S D"] | None = None
     ) -> dict[str, Array]:
@@ -147,8 +152,8 @@ class JumpReLU(Dictionary):
     def _activation_units(self) -> tuple[str, ...]:
         return ("b_enc", "threshold")
 
-    def _codes(self, params: dict, x: Float[Array, "B D"], train: bool = False) -> Dense:
-        return self._jump(params, self._preactivations(params, x))
+    def _codes(self, params: dict, x: Float[Array, "B D"], train: bool = False, axes: Axes = ALONE) -> Dense:
+        return self._jump(params, self._preactivations(params, x, axes))
 
     def _jump(self, params: dict, pre: Float[Array, "B N"]) -> Dense:
         return Dense(jump(pre, params["threshold"], self.window, self.penalty == "tanh"))
@@ -160,6 +165,7 @@ class JumpReLU(Dictionary):
         target: Float[Array, "B D_out"] | None = None,
         dead: Any = None,
         settings: LossSettings = LossSettings(),  # noqa: B008  # frozen
+        axes: Axes = ALONE,
     ) -> tuple[Float[Array, ""], LossParts]:
         """Mean squared error, summed over the width, and ``sparsity`` times the penalty; see ``Dictionary.loss``.
 
@@ -170,22 +176,23 @@ class JumpReLU(Dictionary):
           UserError: the penalty ``"target"`` without a ``target_l0`` above 0.
         """
         x, target = self._pair(x, target)
-        pre = self._preactivations(params, x)
+        pre = self._preactivations(params, x, axes)
         codes = self._jump(params, pre)
-        residual = target - self._output(params, codes, x)
-        measured = {"sparsity": self._penalty(params, pre, codes, settings)}
-        terms = {"reconstruction": squared(residual), "sparsity": settings.sparsity * measured["sparsity"]}
+        residual = target - self._output(params, codes, x, axes)
+        measured = {"sparsity": self._penalty(params, pre, codes, settings, axes)}
+        terms = {"reconstruction": squared(residual, axes), "sparsity": settings.sparsity * measured["sparsity"]}
         if self.penalty == "tanh":
             below = jax.nn.relu(params["threshold"] - pre) * rows.row_norms(params["W_dec"])
-            measured["preactivation"] = below.sum(axis=1).mean()
+            measured["preactivation"] = axes.mean_rows(axes.sum_latents(below.sum(axis=1).mean()))
             terms["preactivation"] = settings.preactivation * measured["preactivation"]
-        return total(terms), self._parts(residual, target, codes, terms, measured)
+        return total(terms), self._parts(residual, target, codes, terms, measured, axes=axes)
 
-    def _penalty(self, params: dict, pre: Float[Array, "B N"], codes: Dense, settings: LossSettings) -> Float[Array, ""]:
+    def _penalty(self, params: dict, pre: Float[Array, "B N"], codes: Dense, settings: LossSettings, axes: Axes) -> Float[Array, ""]:
         if self.penalty == "tanh":
             entry = rows.typical_entry(self.out, self.row_norm)
-            return jnp.tanh(_SATURATION / entry * codes.values * rows.row_norms(params["W_dec"])).sum(axis=1).mean()
-        l0 = step(pre, params["threshold"], self.window).sum(axis=1).mean()
+            saturated = jnp.tanh(_SATURATION / entry * codes.values * rows.row_norms(params["W_dec"]))
+            return axes.mean_rows(axes.sum_latents(saturated.sum(axis=1).mean()))
+        l0 = axes.mean_rows(axes.sum_latents(step(pre, params["threshold"], self.window).sum(axis=1).mean()))
         if self.penalty == "step":
             return l0
         if isinstance(settings.target_l0, int | float) and settings.target_l0 <= 0:

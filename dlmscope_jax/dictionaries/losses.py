@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from dlmscope_jax.kernels.axes import ALONE, Axes
+
 
 @struct.dataclass
 class LossSettings:
@@ -41,7 +43,7 @@ class LossParts:
       measured: the same quantities before their weight where that says more (``aux``: relative error; ``entropy``: bits).
       explained_variance: 1 - squared error / variance of this batch, for progress lines only (no bias correction, no held-out rows).
       l0: mean number of active latents a row.
-      fired: [N] int32, in how many rows each latent was active.
+      fired: [N] int32, in how many rows each latent was active; of divided latents those that are here.
       statistics: what the batch says of the parameters that are measured and not learned (``threshold`` of BatchTopK).
     """
 
@@ -53,23 +55,28 @@ class LossParts:
     statistics: dict[str, Array]
 
 
-def squared(residual: Float[Array, "B D"]) -> Float[Array, ""]:
+def squared(residual: Float[Array, "B D"], axes: Axes = ALONE) -> Float[Array, ""]:
     """``mean_b sum_d e^2``: the field's usual reconstruction loss."""
-    return jnp.square(residual).sum() / residual.shape[0]
+    return axes.mean_rows(jnp.square(residual).sum() / residual.shape[0])
 
 
-def over_norm(residual: Float[Array, "B D"], target: Float[Array, "B D"]) -> Float[Array, ""]:
+def over_norm(residual: Float[Array, "B D"], target: Float[Array, "B D"], axes: Axes = ALONE) -> Float[Array, ""]:
     """``mean_{b,d} e^2 / |y_b|``: the normalised error of the transcoder paper's code (reference/transcoders.md 1.2).
 
     The row norm is not squared, so the value depends on the units of the rows; a row of norm 0 counts with norm 1e-8.
     """
     norm = jnp.maximum(jnp.linalg.norm(target, axis=1, keepdims=True), 1e-8)
-    return (jnp.square(residual) / norm).mean()
+    return axes.mean_rows((jnp.square(residual) / norm).mean())
 
 
-def explained(residual: Float[Array, "B D"], target: Float[Array, "B D"]) -> Float[Array, ""]:
+def variation(rows: Float[Array, "B D"], axes: Axes = ALONE) -> Float[Array, ""]:
+    """The summed squared distance of all rows from their mean."""
+    return axes.sum_rows(jnp.square(rows - axes.mean_rows(rows.mean(axis=0))).sum())
+
+
+def explained(residual: Float[Array, "B D"], target: Float[Array, "B D"], axes: Axes = ALONE) -> Float[Array, ""]:
     """Explained variance of one batch."""
-    return 1.0 - jnp.square(residual).sum() / jnp.square(target - target.mean(axis=0)).sum()
+    return 1.0 - axes.sum_rows(jnp.square(residual).sum()) / variation(target, axes)
 
 
 def total(terms: dict[str, Array]) -> Float[Array, ""]:

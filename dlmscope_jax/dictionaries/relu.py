@@ -10,6 +10,7 @@ import jax
 from jaxtyping import Array, Bool, Float
 
 from dlmscope_jax.errors import UserError
+from dlmscope_jax.kernels.axes import ALONE, Axes
 
 from . import rows
 from .base import Dictionary, RowNorm
@@ -56,8 +57,8 @@ class ReLU(Dictionary):
         """Whether training holds decoder rows at unit norm."""
         return not self.norm_weighted
 
-    def _codes(self, params: dict, x: Float[Array, "B D"], train: bool = False) -> Dense:
-        return Dense(jax.nn.relu(self._preactivations(params, x)))
+    def _codes(self, params: dict, x: Float[Array, "B D"], train: bool = False, axes: Axes = ALONE) -> Dense:
+        return Dense(jax.nn.relu(self._preactivations(params, x, axes)))
 
     def loss(
         self,
@@ -66,23 +67,24 @@ class ReLU(Dictionary):
         target: Float[Array, "B D_out"] | None = None,
         dead: Bool[Array, " N"] | None = None,
         settings: LossSettings = LossSettings(),  # noqa: B008  # frozen
+        axes: Axes = ALONE,
     ) -> tuple[Float[Array, ""], LossParts]:
         """The error and ``sparsity`` times the mean L1 norm of a row's activations; see ``Dictionary.loss``.
 
         With ``ghost``, and where ``dead`` is given, ``aux`` times the ghost gradients' loss, which is as large as the error.
         """
         x, target = self._pair(x, target)
-        pre = self._preactivations(params, x)
+        pre = self._preactivations(params, x, axes)
         codes = Dense(jax.nn.relu(pre))
-        residual = target - self._output(params, codes, x)
+        residual = target - self._output(params, codes, x, axes)
         weighed = codes.values * rows.row_norms(params["W_dec"]) if self.norm_weighted else codes.values
-        measured = {"sparsity": weighed.sum(axis=1).mean()}
-        terms = {"reconstruction": self._error(residual, target), "sparsity": settings.sparsity * measured["sparsity"]}
+        measured = {"sparsity": axes.mean_rows(axes.sum_latents(weighed.sum(axis=1).mean()))}
+        terms = {"reconstruction": self._error(residual, target, axes), "sparsity": settings.sparsity * measured["sparsity"]}
         if self.ghost and dead is not None:
             entry = rows.typical_entry(self.d_in, self.row_norm)
-            measured["ghost"] = self._error(ghost_residual(pre, params["W_dec"], residual, dead, entry), target)
+            measured["ghost"] = self._error(ghost_residual(pre, params["W_dec"], residual, dead, entry, axes), target, axes)
             terms["ghost"] = settings.aux * measured["ghost"]
-        return total(terms), self._parts(residual, target, codes, terms, measured)
+        return total(terms), self._parts(residual, target, codes, terms, measured, axes=axes)
 
-    def _error(self, residual: Float[Array, "B D_out"], target: Float[Array, "B D_out"]) -> Float[Array, ""]:
-        return squared(residual) if self.error == "squared" else over_norm(residual, target)
+    def _error(self, residual: Float[Array, "B D_out"], target: Float[Array, "B D_out"], axes: Axes) -> Float[Array, ""]:
+        return squared(residual, axes) if self.error == "squared" else over_norm(residual, target, axes)

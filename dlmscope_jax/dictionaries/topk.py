@@ -14,6 +14,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dlmscope_jax import kernels
 from dlmscope_jax.errors import UserError
+from dlmscope_jax.kernels.axes import ALONE, Axes
+from dlmscope_jax.kernels.sparse_matmul import sharded
+from dlmscope_jax.kernels.topk.sharded import among_shards
 
 from .auxk import WithAuxK
 from .base import RowNorm
@@ -73,18 +76,46 @@ class TopK(WithAuxK):
         if self.selection != "float32" and self.rule in ("magnitude", "groups"):
             raise UserError(f"TopK: selection {self.selection!r} goes with the rules 'positive' and 'raw', not {self.rule!r}")
 
-    def _codes(self, params: dict, x: Float[Array, "B D"], train: bool = False) -> RowSparse:
-        return self._keep(params, x, self.k)
+    def _codes(self, params: dict, x: Float[Array, "B D"], train: bool = False, axes: Axes = ALONE) -> RowSparse:
+        return self._keep(params, x, self.k, axes=axes)
 
-    def _keep(self, params: dict, x: Float[Array, "B D"], k: int) -> RowSparse:
-        """The k latents of each row, largest first, ties to the lowest index; the gradient is that of their pre-activations."""
+    def _keep(self, params: dict, x: Float[Array, "B D"], k: int, now: int | Int[Array, ""] | None = None, axes: Axes = ALONE) -> RowSparse:
+        """The k latents of each row, largest first, ties to the lowest index; the gradient is that of their pre-activations.
+
+        Of these only the first ``now`` where it is given, which may be traced; the values of the others are 0. Where latents are divided,
+        those that are here and among the k of the whole row.
+        """
+        if axes.latents is not None:
+            return self._keep_here(params, x, k, now, axes)
         encoder = params["W_enc"], params["b_enc"], self._shift(params)
         if self.rule in ("positive", "raw"):
             values, indices = kernels.encode_topk(x, *encoder, k, selection=self.selection)
         else:
             values, indices = self._by_another_rule(jax.lax.stop_gradient(kernels.preactivations(x, *encoder)), k)
             values = kernels.with_encoder_gradient(values, indices, x, *encoder)
-        return RowSparse(jax.nn.relu(values) if self.rule in ("positive", "groups") else values, indices)
+        codes = RowSparse(jax.nn.relu(values) if self.rule in ("positive", "groups") else values, indices)
+        return _first(codes, now)
+
+    def _keep_here(self, params: dict, x: Float[Array, "B D"], k: int, now: int | Int[Array, ""] | None, axes: Axes) -> RowSparse:
+        """``_keep`` where latents are divided."""
+        axis, weight, bias = str(axes.latents), params["W_enc"], params["b_enc"]
+        if self.rule in ("positive", "raw"):
+            shift = self._shift(params)  # which passes through ``shared`` there
+            values, indices = sharded.encode_topk(x, weight, bias, shift, k, axis, selection=self.selection, now=now)
+            return RowSparse(jax.nn.relu(values) if self.rule == "positive" else values, indices)
+        encoder = axes.shared(x), weight, bias, self._shift(params, axes)
+        pre = jax.lax.stop_gradient(kernels.preactivations(*encoder))
+        if self.rule == "groups":
+            if k % axes.latent_parts:
+                raise UserError(
+                    f"TopK: rule 'groups' keeps each of its k = {k} runs of latents on one device: k must be a multiple of the mesh's "
+                    f"{axis} = {axes.latent_parts}"
+                )
+            values, indices = self._by_another_rule(pre, k // axes.latent_parts)
+            return RowSparse(jax.nn.relu(kernels.with_encoder_gradient(values, indices, *encoder)), indices)
+        values, indices = self._by_another_rule(pre, min(k, pre.shape[1]))
+        won = among_shards(jnp.abs(values), k, axis, now)
+        return RowSparse(jnp.where(won, kernels.with_encoder_gradient(values, indices, *encoder), 0.0), indices)
 
     def _by_another_rule(self, pre: Float[Array, "B N"], k: int) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
         """Values and indices that the rules "groups" and "magnitude" keep."""
@@ -101,6 +132,7 @@ class TopK(WithAuxK):
         target: Float[Array, "B D_out"] | None = None,
         dead: Bool[Array, " N"] | None = None,
         settings: LossSettings = LossSettings(),  # noqa: B008  # frozen
+        axes: Axes = ALONE,
     ) -> tuple[Float[Array, ""], LossParts]:
         """Mean squared error, summed over the width, plus AuxK and Multi-TopK; see ``Dictionary.loss``.
 
@@ -115,21 +147,23 @@ class TopK(WithAuxK):
         if settings.k is not None and self.rule == "groups":
             raise UserError("TopK.loss: settings.k does not go with the rule 'groups': another k cuts the latents into other runs")
         x, target = self._pair(x, target)
-        many = self._keep(params, x, min(self.width, 4 * self.k)) if self.multi_topk else None
-        codes = self._codes(params, x) if many is None else RowSparse(many.values[:, : self.k], many.indices[:, : self.k])
-        if settings.k is not None:
-            codes = _first(codes, settings.k)
-            many = None if many is None else _first(many, 4 * settings.k)
-        residual = target - self._output(params, codes, x)
-        terms, measured = {"reconstruction": squared(residual)}, {}
+        k, many = settings.k, None
+        if self.multi_topk:
+            many = self._keep(params, x, min(self.width, 4 * self.k), None if k is None else 4 * k, axes)
+        if many is None or axes.latents is not None:
+            codes = self._keep(params, x, self.k, k, axes)
+        else:
+            codes = _first(RowSparse(many.values[:, : self.k], many.indices[:, : self.k]), k)
+        residual = target - self._output(params, codes, x, axes)
+        terms, measured = {"reconstruction": squared(residual, axes)}, {}
         if dead is not None:
-            measured["aux"], terms["aux"] = self._aux(params, x, residual, dead, settings)
+            measured["aux"], terms["aux"] = self._aux(params, x, residual, dead, settings, axes)
         if many is not None:
-            measured["multi_topk"] = squared(target - self._output(params, many, x))
+            measured["multi_topk"] = squared(target - self._output(params, many, x, axes), axes)
             terms["multi_topk"] = measured["multi_topk"] / 8.0
-        return total(terms), self._parts(residual, target, codes, terms, measured)
+        return total(terms), self._parts(residual, target, codes, terms, measured, axes=axes)
 
 
-def _first(codes: RowSparse, k: int | Int[Array, ""]) -> RowSparse:
-    """The first k entries of each row, which are the largest ones; the others are 0."""
-    return RowSparse(jnp.where(jnp.arange(codes.values.shape[1]) < k, codes.values, 0.0), codes.indices)
+def _first(codes: RowSparse, k: int | Int[Array, ""] | None) -> RowSparse:
+    """The first k entries of each row, which are the largest ones; the others are 0. None: as they are."""
+    return codes if k is None else RowSparse(jnp.where(jnp.arange(codes.values.shape[1]) < k, codes.values, 0.0), codes.indices)

@@ -82,9 +82,21 @@ class Axes:
         """Sums over the parts of the batch; each part's gradient is that of its own contribution."""
         return self._each(tree, self.rows, summed)
 
+    def mean_rows(self, tree: Any) -> Any:
+        """Means over the whole batch, from those over each of its equal parts; each part's gradient is that of its own contribution."""
+        return jax.tree.map(lambda leaf: leaf / self.row_parts, self.sum_rows(tree)) if self.rows else tree
+
     def sum_latents(self, tree: Any) -> Any:
         """Sums over the parts of the latents."""
         return self._each(tree, self.latents, summed)
+
+    def max_latents(self, x: Array) -> Array:
+        """The largest over the parts of the latents; no derivative."""
+        return x if self.latents is None else jax.lax.pmax(x, self.latents)
+
+    def any_latents(self, which: Array) -> Array:
+        """Whether one of all latents is among ``which`` [n] of those that are here."""
+        return which.any() if self.latents is None else jax.lax.pmax(which.any().astype("int32"), self.latents) > 0
 
     def shared(self, tree: Any) -> Any:
         """Values that are the same for all parts of the latents, before they meet what is divided."""

@@ -10,7 +10,7 @@ meets what is divided. Then its gradient is the sum over the shards; where nobod
 Traffic between devices: forward the [B, D] sum; backward [D] for the pre-encoder bias, [B, D] for the gradient of the rows where
 it is wanted. A shard reads the dictionary rows of all its candidates, of those that lost as well, with the value 0.
 
-Range: that of ``kernels.decode`` and ``kernels.encode_topk`` with selection in float32; inside ``jax.shard_map`` with ``check_vma`` on or
+Range: that of ``kernels.decode`` and ``kernels.encode_topk``; inside ``jax.shard_map`` with ``check_vma`` on or
 off (compiled for TPUs with it off). Not measured: no two devices were at hand.
 """
 
@@ -19,6 +19,8 @@ from jaxtyping import Array, Float, Int
 
 from dlmscope_jax import kernels
 from dlmscope_jax.kernels.axes import shared, summed
+from dlmscope_jax.kernels.encode import Selection, at_selected, check_selection
+from dlmscope_jax.kernels.topk.encoded import select_encoded
 from dlmscope_jax.kernels.topk.sharded import among_shards
 
 
@@ -29,6 +31,9 @@ def encode_topk(
     shift: Float[Array, " D"] | None,
     k: int,
     axis: str,
+    *,
+    selection: Selection = "float32",
+    now: int | Int[Array, ""] | None = None,
 ) -> tuple[Float[Array, "B c"], Int[Array, "B c"]]:
     """This shard's part of the k largest entries of each row of ``(x - shift) @ weight.T + bias``, over the latents of all shards.
 
@@ -36,6 +41,8 @@ def encode_topk(
       x, shift: the same on every shard; the gradient of each is the sum over the shards.
       weight, bias: of this shard's n latents.
       k: static, at most the latents of all shards.
+      selection: as for ``kernels.encode_topk``.
+      now: how many of the k are kept, may be traced; None: all.
 
     Returns:
       values [B, min(k, n)], 0 where a candidate lost, and indices among this shard's latents, distinct within a row. The gradient
@@ -44,9 +51,11 @@ def encode_topk(
     Raises:
       UserError: k outside 1..latents of all shards.
     """
-    shift = None if shift is None else shared(shift, axis)
-    values, indices = kernels.encode_topk(shared(x, axis), weight, bias, shift, min(k, weight.shape[0]))
-    return jnp.where(among_shards(values, k, axis), values, 0.0), indices
+    check_selection("encode_topk", selection)
+    encoder = shared(x, axis), weight, bias, None if shift is None else shared(shift, axis)
+    ranked, indices = select_encoded(*encoder, min(k, weight.shape[0]), dtype=selection)
+    values = at_selected(ranked, indices, *encoder, selection)
+    return jnp.where(among_shards(ranked, k, axis, now), values, 0.0), indices
 
 
 def decode(values: Float[Array, "B c"], indices: Int[Array, "B c"], weight: Float[Array, "n D"], axis: str) -> Float[Array, "B D"]:
