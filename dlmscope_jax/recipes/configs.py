@@ -30,9 +30,9 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """The processes of a run on several hosts; under SLURM nothing needs to be said."""
+    """The processes of a run on several hosts, one on each; a TPU pod and a SLURM step say it themselves."""
 
-    # host:port of process 0, or auto where the machine knows, as on a TPU pod
+    # host:port of process 0
     coordinator: str | None = None
     # how many there are
     processes: int | None = None
@@ -372,7 +372,7 @@ class Run:
         if cluster.process is not None:
             _require(cluster.processes is not None and 0 <= cluster.process < cluster.processes, "cluster.process",
                      "should be 0 or above and below cluster.processes")  # fmt: skip
-        explicit = cluster.coordinator not in (None, "auto")
+        explicit = cluster.coordinator is not None
         _require(explicit == (cluster.processes is not None), "cluster.processes",
                  "goes with cluster.coordinator: HOST:PORT, and with cluster.process")  # fmt: skip
         _require(not explicit or cluster.process is not None, "cluster.process", "say which one of the processes this is, from 0")
