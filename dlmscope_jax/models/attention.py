@@ -77,8 +77,8 @@ def attend(
       scale: multiplies the scores.
       softcap: c of ``c tanh(score / c)``, None for none.
       precision: of the products.
-      mesh: the devices that the arrays lie on, axes ``data`` (batch) and ``model`` (heads); without it a TPU program for
-        several devices goes in chunks.
+      mesh: the devices that the arrays lie on, axes ``data`` and ``replica`` (batch) and ``model`` (heads); without it a TPU
+        program for several devices goes in chunks.
     """
     whole = partial(_attended, scale=scale, softcap=softcap, precision=precision)
     pieces = -(-q.shape[1] * k.shape[1] // SCORES)

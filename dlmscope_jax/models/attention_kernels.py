@@ -10,6 +10,8 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
+from dlmscope_jax.distributed import row_axes, row_parts
+
 from .visibility import Visibility
 
 MIN_LENGTH = 256  # below it the scores are small and a kernel has nothing to save
@@ -60,8 +62,8 @@ def splash_supports(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], see:
         return False
     if mesh is None:
         return jax.device_count() == 1
-    parts = {name: mesh.shape.get(name, 1) for name in ("data", "model")}
-    return not (q.shape[0] % parts["data"] or q.shape[2] % parts["model"] or k.shape[2] % parts["model"])
+    heads = mesh.shape.get("model", 1)
+    return not (q.shape[0] % row_parts(mesh) or q.shape[2] % heads or k.shape[2] % heads)
 
 
 def splash(
@@ -77,7 +79,7 @@ def splash(
     """Splash attention (``jax.experimental.pallas.ops.tpu``), with its own backward pass; it skips tiles that are all hidden.
 
     Args:
-      q, k, v: heads; the batch lies on the mesh axis ``data``, heads on ``model``.
+      q, k, v: heads; the batch lies on the mesh axes ``data`` and ``replica``, heads on ``model``.
       see: which keys each query sees; padding is a second segment.
       scale: multiplies the queries, which are rounded once more.
       softcap: c of ``c tanh(score / c)``, None for none.
@@ -123,9 +125,9 @@ def splash(
 
     if mesh is None:
         return run(q, k, v, see.key)
-    data, model = (name if name in mesh.axis_names else None for name in ("data", "model"))
-    heads = PartitionSpec(data, None, model)
-    rows = PartitionSpec(data if see.key.shape[0] > 1 else None)
+    batch, model = row_axes(mesh), "model" if "model" in mesh.axis_names else None
+    heads = PartitionSpec(batch, None, model)
+    rows = PartitionSpec(batch if see.key.shape[0] > 1 else None)
     return jax.shard_map(run, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)(q, k, v, see.key)
 
 

@@ -47,11 +47,11 @@ AXES: dict[str, tuple[str | None, ...]] = {
 
 
 def partition_specs(params: Any, mesh: Mesh) -> Any:
-    """The ``PartitionSpec`` of every parameter: tensor-parallel over ``model``, fully sharded over ``data``.
+    """The ``PartitionSpec`` of every parameter: tensor-parallel over ``model``, fully sharded over ``data``, whole in each ``replica``.
 
     Args:
       params: a tree of arrays or shapes, as inside ``{"params": ...}``.
-      mesh: has the axes ``data`` and ``model``.
+      mesh: has the axes ``data`` and ``model``, and may have ``replica``.
 
     Raises:
       UserError: for a parameter without declared axes, or a dimension other than the vocabulary that the mesh does not divide.

@@ -7,9 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from dlmscope_jax.distributed import row_parts, row_sharding
 from dlmscope_jax.errors import UserError
 
 from .attention import Visibility
@@ -51,8 +52,8 @@ class Transformer(nn.Module):
       config: the shape of the network.
       diffusion: what makes it a masked diffusion model, None for an autoregressive one.
       dtype: the dtype of the computation; norms, rotary tables and softmax are in float32.
-      mesh: the devices that the parameters lie on, None for one: the batch stays divided over its axis ``data``, and
-        kernels that no compiler can divide know how to.
+      mesh: the devices that the parameters lie on, None for one: the batch stays divided over its axes ``data`` and
+        ``replica``, and kernels that no compiler can divide know how to.
       trains: whether the gradient of all weights will be taken, for which a CPU has a faster form of the linear maps;
         it has no forward-mode derivative.
     """
@@ -203,10 +204,10 @@ class Transformer(nn.Module):
         return jax.vmap(init)(jax.random.split(key, cfg.n_layers))
 
     def _divided(self, x: Array) -> Array:
-        """The batch over ``data``: left alone, the compiler may follow the weights' sharding instead and copy the batch."""
-        if self.mesh is None or "data" not in self.mesh.axis_names or x.shape[0] % self.mesh.shape["data"]:
+        """The batch over the mesh's rows: left alone, the compiler may follow the weights' sharding instead and copy the batch."""
+        if self.mesh is None or x.shape[0] % row_parts(self.mesh):
             return x
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec("data")))
+        return jax.lax.with_sharding_constraint(x, row_sharding(self.mesh))
 
     def _embed(self, tree: dict, tokens: Array, position_ids: Array) -> Array:
         x = tree["embed"].astype(self.dtype)[tokens]
