@@ -3,6 +3,7 @@
 from .corpus import builtin_documents, count_matches, manifest, side_of
 from .documents import Document, assign_sides, on_side, read_documents
 from .packing import Blocks, SyntheticBlocks, builtin_blocks, pack, synthetic_blocks
+from .streamed import StreamedBlocks
 from .synthetic import Answer, SyntheticDocument, synthetic_document, synthetic_documents
 from .tokenizer import Tokenizer, encode, train_bpe
 from .tokenizer_files import load_tokenizer
@@ -11,6 +12,7 @@ __all__ = [
     "Answer",
     "Blocks",
     "Document",
+    "StreamedBlocks",
     "SyntheticBlocks",
     "SyntheticDocument",
     "Tokenizer",
