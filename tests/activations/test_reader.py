@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dlmscope_jax.activations import ActivationStore, reader
-from dlmscope_jax.activations.reader import LANES, Loader, Plan
+from dlmscope_jax.activations.loader import LANES, Loader
+from dlmscope_jax.activations.plan import Plan
 from dlmscope_jax.errors import UserError
 
 

@@ -189,7 +189,11 @@ def test_columns_of_the_harvest_keep_their_dtypes(tmp_path):
         (dict(sites={}), "at least one site"),
         (dict(sites={"h": 0}), "width 0"),
         (dict(sites={"../h": 3}), "site name"),
-        (dict(sites={"h": 3}, dtype="int8"), "dtype 'int8'"),
+        (dict(sites={"h": 3}, dtype="int4"), "dtype 'int4' cannot be stored: use one of bfloat16, float16, float32, int8"),
+        (dict(sites={"h": 3}, columns={"h": np.int32}), "column 'h' has the name of a site"),
+        (dict(sites={"h": 3}, columns={"a/b": np.int32}), "column name"),
+        (dict(sites={"h": 3}, shards=2), "with the columns named"),
+        (dict(sites={"h": 3}, columns={}, shards=0), "shards is 0"),
         (dict(sites={"h": 3}, shard_rows=10, chunk_rows=4), "multiple of chunk_rows 4"),
         (dict(sites={"h": 3}, meta={"f": print}), "must be JSON"),
     ],
@@ -271,12 +275,26 @@ def test_a_damaged_column_is_named(tmp_path):
     assert store.verify() == (2,)
 
 
-def test_verify_notices_a_sound_file_with_other_rows(tmp_path):
-    """A shard of another store has valid checksums; only the digest in the manifest can tell."""
-    store = make(tmp_path / "s", n=48)
+def test_a_sound_file_with_other_rows_is_noticed(tmp_path):
+    """A shard of another place has valid checksums; only what the manifest says about it can tell."""
+    make(tmp_path / "s", n=48)
     shutil.copy(tmp_path / "s/sites/resid_post@1/c/0/0", tmp_path / "s/sites/resid_post@1/c/1/0")
-    store.read("resid_post@1")
-    assert store.verify() == (1,)
+    again = ActivationStore.open(tmp_path / "s")
+    with pytest.raises(UserError, match="shard 1 of resid_post@1 .*: these are rows of another place"):
+        again.read_chunks("resid_post@1", [(0, 4, 8), (1, 8, 12)])
+    with pytest.raises(UserError, match="shard 1 of resid_post@1"):
+        list(again.batches(8, 0, epochs=1))
+    assert again.verify() == (1,)
+
+
+def test_leftovers_of_a_store_without_a_header_do_not_count(tmp_path):
+    make(tmp_path / "s", n=48)
+    (tmp_path / "s/store.json").unlink()
+    (tmp_path / "s/manifest-00001.jsonl").write_bytes((tmp_path / "s/manifest.jsonl").read_bytes())
+    store = ActivationStore.create(tmp_path / "s", {"resid_post@1": 3}, {"who": "test"}, shard_rows=16, chunk_rows=4)
+    assert not store.rows and not ActivationStore.open(tmp_path / "s", allow_incomplete=True).rows
+    store.append({"resid_post@1": rows(20)}, {"number": np.arange(20)})
+    assert store.finish().rows == ActivationStore.open(tmp_path / "s").rows == 20
 
 
 def test_changed_header_or_manifest_is_noticed(tmp_path):
@@ -284,19 +302,19 @@ def test_changed_header_or_manifest_is_noticed(tmp_path):
     manifest = tmp_path / "s/manifest.jsonl"
     whole = manifest.read_text()
     manifest.write_text("".join(whole.splitlines(keepends=True)[:2]))
-    with pytest.raises(UserError, match="changed after the store was finished"):
+    with pytest.raises(UserError, match="s: manifest.jsonl changed after the store was finished"):
         ActivationStore.open(tmp_path / "s")
     manifest.write_text(whole)
     assert ActivationStore.open(tmp_path / "s").rows == 50
     header = tmp_path / "s/store.json"
     text = header.read_text()
     header.write_text(text.replace('"test"', '"best"'))
-    with pytest.raises(UserError, match="changed after"):
+    with pytest.raises(UserError, match="s: store.json changed after"):
         ActivationStore.open(tmp_path / "s")
     header.write_text(text[:-20])
     with pytest.raises(UserError, match="store.json is damaged"):
         ActivationStore.open(tmp_path / "s")
-    header.write_text(text.replace('"version": 1', '"version": 9'))
+    header.write_text(text.replace('"version": 2', '"version": 9'))
     with pytest.raises(UserError, match="format version 9"):
         ActivationStore.open(tmp_path / "s")
 
@@ -305,8 +323,11 @@ def test_arrays_that_contradict_the_header_are_refused(tmp_path):
     make(tmp_path / "s")
     path = tmp_path / "s/sites/resid_post@1/zarr.json"
     path.write_text(path.read_text().replace("bfloat16", "float16"))
+    with pytest.raises(UserError, match="s: sites/resid_post@1/zarr.json changed after"):
+        ActivationStore.open(tmp_path / "s")
+    (tmp_path / "s/COMPLETE").unlink()
     with pytest.raises(UserError, match="not what the header says"):
-        ActivationStore.open(tmp_path / "s").read("resid_post@1")
+        ActivationStore.open(tmp_path / "s", allow_incomplete=True).read("resid_post@1")
 
 
 def test_a_failed_write_does_not_count(tmp_path, monkeypatch):
