@@ -86,9 +86,17 @@ class Axes:
         """Means over the whole batch, from those over each of its equal parts; each part's gradient is that of its own contribution."""
         return jax.tree.map(lambda leaf: leaf / self.row_parts, self.sum_rows(tree)) if self.rows else tree
 
+    def gather_rows(self, tree: Any) -> Any:
+        """Arrays [B, ...] of the whole batch, from those of its parts; no derivative."""
+        return jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, self.rows, tiled=True), tree) if self.rows else tree
+
     def sum_latents(self, tree: Any) -> Any:
         """Sums over the parts of the latents."""
         return self._each(tree, self.latents, summed)
+
+    def mean_latents(self, tree: Any) -> Any:
+        """Means over all latents, from those over each of their equal parts."""
+        return jax.tree.map(lambda leaf: leaf / self.latent_parts, self.sum_latents(tree)) if self.latents else tree
 
     def max_latents(self, x: Array) -> Array:
         """The largest over the parts of the latents; no derivative."""

@@ -6,16 +6,17 @@ The names load on first use: progress is wanted by commands that must start with
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoints import load_latest, save_checkpoint
+    from .checkpoints import Checkpoints, load_latest, save_checkpoint
     from .loop import Trained, train
     from .metrics import read_metrics
     from .progress import Progress
     from .schedules import learning_rate
     from .spec import TrainSpec
-    from .state import TrainState, estimate_scale, final_params, init_state
+    from .state import TrainState, estimate_scale, final_params, init_state, state_shardings
     from .step import make_step
 
 _HOMES = {
+    "Checkpoints": "checkpoints",
     "Progress": "progress",
     "TrainSpec": "spec",
     "TrainState": "state",
@@ -28,9 +29,11 @@ _HOMES = {
     "make_step": "step",
     "read_metrics": "metrics",
     "save_checkpoint": "checkpoints",
+    "state_shardings": "state",
     "train": "loop",
 }
 __all__ = [
+    "Checkpoints",
     "Progress",
     "TrainSpec",
     "TrainState",
@@ -43,6 +46,7 @@ __all__ = [
     "make_step",
     "read_metrics",
     "save_checkpoint",
+    "state_shardings",
     "train",
 ]
 

@@ -30,6 +30,7 @@ class Program:
     eps: float
     schedule: Schedule
     aux: bool
+    micro_batches: int
 
 
 @struct.dataclass
@@ -69,7 +70,8 @@ def program_of(spec: TrainSpec) -> Program:
     dictionary: Any = spec.dictionary
     if spec.k_start is not None:
         dictionary = dataclasses.replace(dictionary, k=spec.k_start)
-    return Program(dictionary, spec.optimizer, spec.betas_used, spec.eps_used, spec.schedule, aux=spec.settings_used.aux > 0)
+    aux = spec.settings_used.aux > 0
+    return Program(dictionary, spec.optimizer, spec.betas_used, spec.eps_used, spec.schedule, aux, spec.micro_batches)
 
 
 def numbers_of(spec: TrainSpec) -> Numbers:

@@ -5,6 +5,9 @@ vector of what the dictionary adds to its biases there, its encoder row points t
 norm of the live ones, its biases are 0, its threshold is what it was at first, and the optimiser forgets it. Where nothing is
 subtracted before encoding (most transcoders), the centre is the batch's mean and the biases take it off: activations would else have
 a mean that all of these latents share.
+
+On a mesh every device draws for all latents from all rows, which it is sent for that, and takes what was drawn for its own: no draw
+depends on the mesh.
 """
 
 from typing import Any
@@ -14,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from dlmscope_jax.dictionaries import Dictionary, JumpReLU, unit_rows
+from dlmscope_jax.kernels.axes import ALONE, Axes
 
 _ENCODER_SHARE = 0.2
 _BIASES = ("b_enc", "b_gate", "b_mag")
@@ -28,17 +32,22 @@ def resample(
     x: Float[Array, "B D"],
     target: Float[Array, "B D_out"] | None,
     dead: Bool[Array, " N"],
+    axes: Axes = ALONE,
 ) -> tuple[dict, Any]:
     """Parameters and optimiser state in which the ``dead`` latents begin again; the others are untouched.
 
     Args:
       key: of the draw.
       x, target: rows of one batch in training units; ``target`` is None for an autoencoder.
+      axes: what divides rows and latents.
     """
-    inputs, outputs, error = dictionary.row_errors(params, x, target)
-    drawn = jax.random.categorical(key, 2.0 * jnp.log(error + 1e-30), shape=dead.shape)
-    live = jnp.where(dead, 0.0, jnp.linalg.norm(params["W_enc"], axis=1)).sum() / jnp.maximum(1, (~dead).sum())
-    length = _ENCODER_SHARE * jnp.where(dead.all(), 1.0, live)
+    inputs, outputs, error = axes.gather_rows(dictionary.row_errors(params, x, target, axes))
+    drawn = jax.random.categorical(key, 2.0 * jnp.log(error + 1e-30), shape=(dictionary.width,))
+    if axes.latents is not None:
+        drawn = jax.lax.dynamic_slice_in_dim(drawn, axes.first_latent(len(dead)), len(dead))
+    lengths, n_live = axes.sum_latents((jnp.where(dead, 0.0, jnp.linalg.norm(params["W_enc"], axis=1)).sum(), (~dead).sum()))
+    live = lengths / jnp.maximum(1, n_live)
+    length = _ENCODER_SHARE * jnp.where(n_live == 0, 1.0, live)
     centre = jnp.zeros(inputs.shape[1]) if dictionary.centred else inputs.mean(axis=0)
     encoder = length * unit_rows(inputs[drawn] - centre)
     bias = -jnp.matmul(encoder, centre, precision=jax.lax.Precision.HIGHEST)

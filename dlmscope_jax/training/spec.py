@@ -32,6 +32,9 @@ class TrainSpec:
         site and one target for each layer: ``site=("mlp_in@0", "mlp_in@1"), target=("mlp_out@0", "mlp_out@1")``.
       select: which rows of an ``ActivationStore`` it learns from.
       batch_size: rows a step.
+      micro_batches: equal parts of a batch that a step takes one after another, in less memory; their gradients are averaged. What is
+        relative to a batch is then relative to such a part: AuxK's error, the penalty ``"target"``, the selection and the threshold of
+        BatchTopK and Matryoshka, entropy and covariance. Part m has the rows m, m + micro_batches, ..., on any mesh the same.
       lr: learning rate at its highest. Defaults are meant for tens of thousands of steps; runs of a few hundred want about 1e-3.
       warmup_steps: linear warm-up of the rate.
       schedule: what follows: ``"linear"`` (constant, then linearly to 0), ``"cosine"`` (half a wave to 0) or ``"constant"``.
@@ -68,6 +71,7 @@ class TrainSpec:
     target: str | tuple[str, ...] | None = None
     select: Select = "all"
     batch_size: int = 2048
+    micro_batches: int = 1
     lr: float | None = None
     warmup_steps: int | None = None
     schedule: Schedule = "linear"
@@ -112,6 +116,8 @@ class TrainSpec:
             raise UserError(f"TrainSpec: ema = {self.ema!r} is the decay of an average, in (0, 1)")
         if self.label is not None and (not self.label or "/" in self.label or self.label.startswith(".")):
             raise UserError(f"TrainSpec: label {self.label!r} should be the name of a folder, without '/'")
+        if self.batch_size % self.micro_batches:
+            raise UserError(f"TrainSpec: micro_batches = {self.micro_batches} must divide batch_size = {self.batch_size}")
         self._check_dictionary()
         self._check_combinations()
 
@@ -231,8 +237,8 @@ class TrainSpec:
 
 
 _INTEGERS = {
-    "steps": 1, "batch_size": 1, "sample_rows": 1, "warmup_steps": 0, "sparsity_warmup": 0, "entropy_start": 0, "k_start": 1,
-    "k_anneal_steps": 1, "dead_rows": 1, "resample_every": 1, "seed": 0, "init_seed": 0,
+    "steps": 1, "batch_size": 1, "micro_batches": 1, "sample_rows": 1, "warmup_steps": 0, "sparsity_warmup": 0, "entropy_start": 0,
+    "k_start": 1, "k_anneal_steps": 1, "dead_rows": 1, "resample_every": 1, "seed": 0, "init_seed": 0,
 }  # fmt: skip
 _OPTIONAL = ("warmup_steps", "sparsity_warmup", "k_start", "k_anneal_steps", "dead_rows", "resample_every", "init_seed")
 _NAMES: dict[str, tuple[str, ...]] = {

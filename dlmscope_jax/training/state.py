@@ -1,5 +1,6 @@
 """What a training run carries from step to step, and how it begins."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -8,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from dlmscope_jax.dictionaries import Dictionary
+from dlmscope_jax import distributed
+from dlmscope_jax.dictionaries import CrossLayer, Dictionary
 from dlmscope_jax.errors import UserError
 
 from .averaging import corrected
@@ -99,17 +102,19 @@ def init_state(
     key: Array | None = None,
     sample: Float[np.ndarray, "S D"] | None = None,
     targets: Float[np.ndarray, "S D_out"] | None = None,
+    mesh: Mesh | None = None,
 ) -> TrainState:
-    """The state before the first step.
+    """The state before the first step; on a mesh each device makes and holds its part of it, as ``state_shardings`` says.
 
     Args:
       spec: the training.
       key: for the first weights; None: of ``spec.init_seed``, or else ``spec.seed``.
       sample: raw rows of the input, from which the scale is estimated and on which biases are centred; None: 1 and 0.
       targets: for a transcoder, the raw rows of the output that belong to them.
+      mesh: the devices; None: one device. The values are the same for all meshes, up to the last bits of biases that are centred.
 
     Raises:
-      UserError: a sample of another width, or of which nothing can be learned.
+      UserError: a sample of another width, or of which nothing can be learned; what ``state_shardings`` raises.
     """
     dictionary = spec.dictionary
     key = jax.random.key(spec.seed if spec.init_seed is None else spec.init_seed) if key is None else key
@@ -123,21 +128,61 @@ def init_state(
             if dictionary.transcoder:
                 output_scale = _scale(targets, spec.target or "the targets")
         finite = np.isfinite(sample).all(axis=1) & np.isfinite(targets).all(axis=1)
-        inputs = jnp.asarray(divided(sample[finite], input_scale))
-        outputs = jnp.asarray(divided(targets[finite], output_scale))
-    params = _initialiser(dictionary)(key, outputs, inputs if dictionary.transcoder else None)
-    knows = learned(dictionary, params)
+        inputs = divided(sample[finite], input_scale) if dictionary.transcoder else None
+        outputs = divided(targets[finite], output_scale)
+    if mesh is None:
+        inputs, outputs = jax.tree.map(jnp.asarray, (inputs, outputs))
+        return _fresh(spec, _initialiser(dictionary)(key, outputs, inputs), input_scale, output_scale)
+
+    def begin(key_data: Array, outputs: Array | None, inputs: Array | None) -> TrainState:
+        params = dictionary.init(jax.random.wrap_key_data(key_data, impl=jax.random.key_impl(key)), outputs, inputs)
+        return _fresh(spec, params, input_scale, output_scale)
+
+    # what goes in are arrays of the host, the same in every process
+    return jax.jit(begin, out_shardings=state_shardings(spec, mesh))(np.asarray(jax.random.key_data(key)), outputs, inputs)
+
+
+def _fresh(spec: TrainSpec, params: dict, input_scale: np.ndarray, output_scale: np.ndarray) -> TrainState:
+    knows = learned(spec.dictionary, params)
     return TrainState(
         step=jnp.int32(0),
         params=params,
         opt_state=optimiser_of(program_of(spec)).init(knows),
         average=None if spec.ema is None else jax.tree.map(jnp.zeros_like, knows),
-        rows_since_fired=jnp.zeros(dictionary.width, jnp.int32),
+        rows_since_fired=jnp.zeros(spec.dictionary.width, jnp.int32),
         input_scale=jnp.array(input_scale, jnp.float32),
         output_scale=jnp.array(output_scale, jnp.float32),
         skipped=jnp.int32(0),
         numbers=numbers_of(spec),
     )
+
+
+def state_shardings(spec: TrainSpec, mesh: Mesh) -> Any:
+    """How the state of a training lies on a mesh: a tree like ``TrainState`` of ``NamedSharding``.
+
+    Whatever has a row for each latent is divided over ``model``: weights, moments, averages, ``rows_since_fired``. The rest is whole on
+    every device, and all of it is the same for all rows.
+
+    Raises:
+      UserError: a width that the mesh does not divide; with latents divided, a cross-layer transcoder, or an optimiser that needs whole
+        matrices.
+    """
+    dictionary, state = spec.dictionary, jax.eval_shape(lambda: init_state(spec))
+    if mesh.shape["model"] > 1 and isinstance(dictionary, CrossLayer):
+        raise UserError(
+            f"mesh: a CrossLayer numbers its latents layer by layer, and no mesh divides them: model = {mesh.shape['model']} must be 1"
+        )
+    if mesh.shape["model"] > 1 and spec.optimizer == "muon":
+        raise UserError(f"mesh: optimizer 'muon' needs whole matrices on every device: model = {mesh.shape['model']} must be 1")
+    of_params = distributed.partition_specs(dictionary.axes(), state.params, mesh)
+
+    def like_its_parameter(path: tuple, leaf: Any) -> PartitionSpec:
+        name = getattr(path[-1], "key", None) if path else None
+        return of_params[name] if name in of_params and leaf.shape == state.params[name].shape else PartitionSpec()
+
+    specs = jax.tree.map_with_path(like_its_parameter, state)
+    specs = dataclasses.replace(specs, rows_since_fired=PartitionSpec(distributed.RULES["latent"]))
+    return jax.tree.map(lambda placed: NamedSharding(mesh, placed), specs)
 
 
 def _checked(spec: TrainSpec, sample: Any, targets: Any) -> tuple[np.ndarray, np.ndarray]:
