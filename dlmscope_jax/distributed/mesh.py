@@ -66,11 +66,13 @@ def make_mesh(data: int | None = None, model: int = 1, replica: int = 1, devices
             raise UserError(f"mesh: replica = {replica} must be a multiple of the {slices} slices that the devices are in")
         from jax.experimental import mesh_utils
 
-        array = mesh_utils.create_hybrid_device_mesh((replica // slices, data, model), (slices, 1, 1), devices)
+        array = mesh_utils.create_hybrid_device_mesh(
+            (replica // slices, data, model), (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
     elif devices[0].platform == "tpu":
         from jax.experimental import mesh_utils
 
-        array = mesh_utils.create_device_mesh((replica, data, model), devices)
+        array = mesh_utils.create_device_mesh((replica, data, model), devices, allow_split_physical_axes=True)
     else:
         array = np.asarray(devices).reshape(replica, data, model)
     if replica == 1:
