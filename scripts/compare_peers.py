@@ -81,7 +81,7 @@ def train_ours(folder: Path, settings: dict) -> list[dict]:
     import jax.numpy as jnp
 
     from dlmscope_jax.dictionaries import BatchTopK, TopK
-    from dlmscope_jax.training import TrainSpec, train
+    from dlmscope_jax.training import Checkpoints, TrainSpec, train
 
     found = []
     for seed in settings["seeds"]:
@@ -96,7 +96,8 @@ def train_ours(folder: Path, settings: dict) -> list[dict]:
             for kind in settings["kinds"] for lr in settings["rates"]
         }  # fmt: skip
         with tempfile.TemporaryDirectory() as run_dir:
-            trained = train(list(specs.values()), batches(folder, seed, settings), run_dir, checkpoint_every=settings["steps"])
+            never = Checkpoints(every=settings["steps"])
+            trained = train(list(specs.values()), batches(folder, seed, settings), run_dir, checkpoints=never)
         for (kind, lr), one in zip(specs, trained, strict=True):
 
             def run(x, one=one):

@@ -148,8 +148,8 @@ def together() -> Iterator[None]:
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        news = None if _watch is None else _watch.lost(_PATIENCE)
+    except (RuntimeError, ValueError) as error:  # gloo's are ValueErrors
+        news = None if _watch is None or isinstance(error, UserError) else _watch.lost(_PATIENCE)
         if news is None:
             raise
         raise PeerLost(told(news)) from error

@@ -28,7 +28,7 @@ from dlmscope_jax.dictionaries import load_dictionary
 from dlmscope_jax.errors import UserError
 from dlmscope_jax.models import canonical_site, model_identity, site_width
 from dlmscope_jax.report import report as write_report
-from dlmscope_jax.training import Progress
+from dlmscope_jax.training import Checkpoints, Progress
 from dlmscope_jax.training import train as train_dictionaries
 
 from .configs import Run
@@ -119,8 +119,9 @@ def train_model(work: Work, name: str) -> None:
         stage.rows = recipe.steps * recipe.batch_size
         stage.reused = all((work.dictionaries(name) / spec.name / "config.json").is_file() for spec in specs)
         store = ActivationStore.open(work.store_url(name, "train"))
+        checkpoints = Checkpoints(recipe.checkpoint_every, recipe.keep, recipe.best)
         with Progress(f"train {work.labels[name]}", total=recipe.steps, unit="steps") as bar:
-            train_dictionaries(specs, store, work.dictionaries(name), checkpoint_every=recipe.checkpoint_every, progress=bar)
+            train_dictionaries(specs, store, work.dictionaries(name), checkpoints=checkpoints, progress=bar)
 
 
 def evaluate_model(work: Work, name: str) -> None:

@@ -30,8 +30,8 @@ class Source:
     meta: dict[str, Any]
     fingerprint: str
 
-    def batches(self, start_step: int, sites: list[str]) -> Iterator[Batch]:
-        """The batches from ``start_step`` on, ``{site: [B, D]}``."""
+    def batches(self, start_step: int, sites: list[str], process: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
+        """The batches from ``start_step`` on, ``{site: [B, D]}``; of several processes, ``(i, n)``, the i-th stretch [B / n, D] of each."""
         raise NotImplementedError
 
     def site(self, wanted: str | None) -> str:
@@ -96,8 +96,8 @@ class _StoreSource(Source):
         shards = "".join(f"{s.shard} {s.rows} {s.digest}\n" for s in store.shards)
         self.fingerprint = hashlib.sha256(shards.encode()).hexdigest()
 
-    def batches(self, start_step: int, sites: list[str]) -> BatchIterator:
-        return self._store.batches(self._batch_size, self._seed, start_step, sites, self._select, columns=())
+    def batches(self, start_step: int, sites: list[str], process: tuple[int, int] = (0, 1)) -> BatchIterator:
+        return self._store.batches(self._batch_size, self._seed, start_step, sites, self._select, columns=(), process=process)
 
     def sample(self, rows: int, batch_size: int, sites: tuple[str, ...]) -> Batch:
         batches = self.batches(0, list(sites))
@@ -126,13 +126,13 @@ class _ArraySource(Source):
         self._per_epoch = self._rows // batch_size
         self.fingerprint = _fingerprint(self._arrays)
 
-    def batches(self, start_step: int, sites: list[str]) -> Iterator[Batch]:
+    def batches(self, start_step: int, sites: list[str], process: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
         current, order = -1, np.zeros(0, np.int64)
         for step in itertools.count(start_step):
             epoch, index = divmod(step, self._per_epoch)
             if epoch != current:
                 current, order = epoch, np.random.default_rng([self._seed, epoch]).permutation(self._rows)
-            rows = order[index * self._batch_size : (index + 1) * self._batch_size]
+            rows = _part(order[index * self._batch_size : (index + 1) * self._batch_size], process)
             yield {site: _rows_of(self._arrays[site], rows) for site in sites}
 
     def sample(self, rows: int, batch_size: int, sites: tuple[str, ...]) -> Batch:
@@ -150,13 +150,13 @@ class _IteratorSource(Source):
         self.sites = {name: rows.shape[1] for name, rows in self._waiting[0].items()}
         self.meta, self.fingerprint = {}, "iterator"
 
-    def batches(self, start_step: int, sites: list[str]) -> Iterator[Batch]:
+    def batches(self, start_step: int, sites: list[str], process: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
         for step in itertools.count():
             if not self._waiting:
                 self._pull()
             batch = self._waiting.popleft()
             if step >= start_step:
-                yield {site: batch[site] for site in sites}
+                yield {site: _part(batch[site], process) for site in sites}
 
     def sample(self, rows: int, batch_size: int, sites: tuple[str, ...]) -> Batch:
         """As above, from batches that wait for the training to read them once more."""
@@ -186,6 +186,12 @@ class _IteratorSource(Source):
                 raise UserError(f"train: {what} has {len(rows)} rows, TrainSpec says batch_size={self._batch_size}")
         self._waiting.append(batch)
         self._pulled += 1
+
+
+def _part(rows: np.ndarray, process: tuple[int, int]) -> np.ndarray:
+    index, count = process
+    size = len(rows) // count
+    return rows[index * size : (index + 1) * size]
 
 
 def _sample(batches: Iterator[Batch], rows: int, batch_size: int, per_epoch: int) -> Batch:

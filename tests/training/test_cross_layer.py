@@ -9,7 +9,7 @@ import pytest
 from dlmscope_jax.activations import ActivationStore
 from dlmscope_jax.dictionaries import CrossLayer, JumpReLU, LossSettings, TopK, load_dictionary
 from dlmscope_jax.errors import UserError
-from dlmscope_jax.training import TrainSpec, init_state, train
+from dlmscope_jax.training import Checkpoints, TrainSpec, init_state, train
 
 from .conftest import assert_same_bits
 from .test_resume import StopAt, Stopped, files_of
@@ -128,11 +128,11 @@ def test_stopped_and_resumed_among_others(final_states, tmp_path):
     """Bit for bit, beside a dictionary of one site, which is what it is alone."""
     other = TrainSpec(TopK(D, 32, 2), steps=24, batch_size=64, lr=1e-2, sample_rows=256, site="mlp_in@1")
     specs = [spec_of(activation="jumprelu"), other]
-    train(specs, SOURCE, tmp_path / "whole", checkpoint_every=5)
+    train(specs, SOURCE, tmp_path / "whole", checkpoints=Checkpoints(every=5))
     whole = {name: final_states.pop(name) for name in list(final_states)}
     with pytest.raises(Stopped):
-        train(specs, SOURCE, tmp_path / "stopped", checkpoint_every=5, progress=StopAt(13))
-    train(specs, SOURCE, tmp_path / "stopped", checkpoint_every=5)
+        train(specs, SOURCE, tmp_path / "stopped", checkpoints=Checkpoints(every=5), progress=StopAt(13))
+    train(specs, SOURCE, tmp_path / "stopped", checkpoints=Checkpoints(every=5))
     assert_same_bits(final_states, whole)
     assert files_of(tmp_path / "stopped") == files_of(tmp_path / "whole")
     [alone] = train(other, SOURCE, tmp_path / "alone")

@@ -12,7 +12,7 @@ import pytest
 from dlmscope_jax.activations import ActivationStore
 from dlmscope_jax.dictionaries import LossSettings, TopK, load_dictionary
 from dlmscope_jax.errors import UserError
-from dlmscope_jax.training import init_state, loop, make_step, read_metrics, train
+from dlmscope_jax.training import Checkpoints, init_state, loop, make_step, read_metrics, train
 
 from .conftest import assert_same_bits, small_spec, sparse_rows
 
@@ -169,8 +169,8 @@ def test_an_iterator_resumes_from_its_start(tmp_path):
     make = lambda: (ROWS[rows] for rows in np.random.default_rng(0).integers(1_000, size=(24, 64)))  # noqa: E731
     [whole] = train(spec, make(), tmp_path / "whole")
     with pytest.raises(UserError, match="the iterator ended after 14 batches of 64: give more rows or fewer steps"):
-        train(spec, itertools.islice(make(), 14), tmp_path / "parts", checkpoint_every=5)
-    [parts] = train(spec, make(), tmp_path / "parts", checkpoint_every=5)
+        train(spec, itertools.islice(make(), 14), tmp_path / "parts", checkpoints=Checkpoints(every=5))
+    [parts] = train(spec, make(), tmp_path / "parts", checkpoints=Checkpoints(every=5))
     assert_same_bits(parts.params, whole.params)
 
 
