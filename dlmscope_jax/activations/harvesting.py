@@ -2,39 +2,64 @@
 
 What a block contributes depends on (seed, index of the block) alone, and a shard holds a fixed range of blocks. So a harvest that was
 killed computes the shards that are not in the manifest, and ends with the store that it would have made undisturbed.
+
+On a mesh every process feeds the blocks of its own shards to its own devices, reads back what lies there and writes it (``pieces.py``).
 """
 
 import hashlib
 import os
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jax.sharding import Mesh
 
-from .. import __version__
+from .. import __version__, distributed
 from ..data import Blocks
-from ..diffusion import corrupt
 from ..errors import UserError
-from ..models import Transformer, canonical_site, model_identity, parse_site, site_rows, site_width
+from ..models import Transformer, canonical_site, model_identity, site_width
 from . import manifest
 from .corruption import Corruption
-from .layout import DTYPES, default_rows
+from .forward import check_corruption, check_tokens, forward, key_words, on_mesh
+from .layout import DTYPES, default_rows, row_dtype
+from .pieces import Cut, group_of, passes
 from .store import COLUMNS, ActivationStore
 
-STRATA = 16  # consecutive blocks whose rates cover the range evenly
-PAPER_BATCH = 8  # consecutive blocks with one rate, policy batch_rate
 _UNRECORDED = {"weight_processing": "raw"}  # what older stores do not say
+
+
+class Windows(Protocol):
+    """Blocks that come a window at a time, such as ``data.StreamedBlocks``; a window of them is a shard of the store.
+
+    Attributes:
+      length: tokens of a block.
+      window: blocks of a window.
+      side: train, dev or test.
+      digest: changes when the blocks do.
+      padded: whether blocks may hold padding.
+    """
+
+    length: int
+    window: int
+    side: str
+    digest: str
+    padded: bool
+
+    def __len__(self) -> int:
+        """The number of blocks."""
+        ...
+
+    def take(self, rows: slice) -> Blocks:
+        """The blocks of one window. Windows with the same number modulo 64 are asked for by one process and in order."""
+        ...
 
 
 def harvest(
     model: Transformer,
     params: dict,
-    blocks: Blocks,
+    blocks: Blocks | Windows,
     url: str | os.PathLike[str],
     sites: Sequence[str],
     corruption: Corruption,
@@ -44,45 +69,45 @@ def harvest(
     progress: Callable[[int], None] | None = None,
     dtype: str = "bfloat16",
     shard_blocks: int | None = None,
+    mesh: Mesh | None = None,
 ) -> ActivationStore:
     """Writes the activations of every real position of ``blocks`` to a store, in the order of the blocks.
 
     Masked and visible positions are all kept (the reader selects), position 0 too; padding is left out. The same call again continues
-    where a killed one was, and returns at once where everything is there.
+    where a killed one was, on any mesh and with any number of processes, and returns at once where everything is there. Rows, their
+    order and columns do not depend on the mesh; values do by the rounding of the forward pass, and not at all on an equal mesh.
 
     Args:
       model, params: the language model.
-      blocks: token blocks [n, T].
+      blocks: token blocks [n, T], or blocks that come a window at a time.
       url: where the store goes, a folder or a tensorstore URL.
       sites: ``("resid_post@3", ...)``, aliases accepted; stored under their canonical names.
       corruption: which tokens the model does not see; must be ``clean`` for an autoregressive model.
       seed: of rates and masks.
-      batch_size: blocks of one forward pass; does not change which rows there are.
+      batch_size: blocks of one forward pass, on all devices together; does not change which rows there are.
       meta: more JSON for the store's meta, such as the model's name and the tokenizer's digest; a store made with another is refused.
         The model's identity and whether its weights are raw or folded (``process_weights``) are written without being asked.
-      progress: called with the number of rows that were added (first with those that were there already).
+      progress: called with the number of rows that this process added (first with those that were there already).
       dtype: of the stored activations.
       shard_blocks: blocks that are written and committed together (default: about 32 MiB for each site).
+      mesh: the devices to run on (default: those that the model was loaded to). Every process of the mesh calls ``harvest`` alike.
 
     Returns:
       The finished store.
 
     Raises:
       UserError: the store there was made by another model, from other blocks or with other settings; an unknown site; corruption of an
-        autoregressive model; tokens that the model does not have; a write that failed.
+        autoregressive model; tokens that the model does not have; a ``batch_size`` that the mesh does not divide; a write that failed.
     """
     names = tuple(sorted({canonical_site(site, model.config) for site in sites}))
     if not names:
         raise UserError('harvest needs at least one site, such as "resid_post@3"')
     widths = {name: site_width(name, model.config) for name in names}
-    _check(model, blocks, corruption, seed, batch_size, dtype)
-    real = blocks.documents >= 0
-    padded = not real.all()
-    run = partial(
-        _forward, model, params, jax.random.key(seed), low=corruption.low, high=corruption.high, sites=names, policy=corruption.policy,
-        padded=padded, dtype=dtype,
-    )  # fmt: skip
-    length = blocks.tokens.shape[1]
+    model, params = on_mesh(model, params, mesh)
+    mesh = model.mesh
+    parts = 1 if mesh is None else distributed.row_parts(mesh)
+    _check(model, blocks, corruption, seed, batch_size, dtype, parts)
+    facts = _facts(blocks)
     origin = {
         **(meta or {}),
         "weight_processing": model.config.weight_processing,
@@ -91,37 +116,57 @@ def harvest(
         "corruption": {"policy": corruption.policy, "low": corruption.low, "high": corruption.high},
         "seed": seed,
         "dtype": dtype,
-        "blocks": {"digest": blocks_digest(blocks), "count": len(blocks), "length": length, "side": blocks.side},
+        "blocks": facts,
         "versions": {"dlmscope_jax": __version__, "jax": jax.__version__, "numpy": np.__version__},
     }
-    store, per_shard = _open_or_create(url, widths, origin, dtype, length, batch_size, shard_blocks)
+    if not isinstance(blocks, Blocks):
+        if shard_blocks not in (None, blocks.window):
+            raise UserError(f"harvest: shard_blocks is {shard_blocks}, but the blocks come in windows of {blocks.window}: leave it out")
+        shard_blocks = blocks.window
+    store, per_shard = _open_on_all(url, widths, origin, dtype, facts, batch_size, shard_blocks)
     if store.complete:
         return store
-    done = {s.shard for s in store.shards}
-    if progress is not None and store.rows:
+    padded = bool((blocks.documents < 0).any()) if isinstance(blocks, Blocks) else blocks.padded
+    run = partial(
+        forward, model, params, key_words(seed), low=corruption.low, high=corruption.high, sites=names, policy=corruption.policy,
+        padded=padded, dtype=row_dtype(dtype).name,
+    )  # fmt: skip
+
+    def take(of_shard: range) -> Blocks:
+        part = blocks.take(slice(of_shard.start, of_shard.stop))
+        check_tokens(model, part.tokens, "harvest")
+        return part
+
+    group, groups, writes = group_of(mesh)
+    if progress is not None and store.rows and group == 0 and writes:
         progress(store.rows)
     shift = model.diffusion is not None and model.diffusion.shift
-    for shard in range(-(-len(blocks) // per_shard)):
-        if shard in done:
-            continue
-        first, last = shard * per_shard, min((shard + 1) * per_shard, len(blocks))
-        n = int(real[first:last].sum())
-        rows = {name: np.empty((n, width), DTYPES[dtype]) for name, width in store.sites.items()}
-        rows |= {name: np.empty(n, kind) for name, kind in COLUMNS.items()}
-        at = 0
-        for indices, (taps, corrupted, is_masked, rate) in _batches(run, blocks, first, last, batch_size):
-            keep = real[indices]
-            part = slice(at, at + int(keep.sum()))
-            for name, tap in taps.items():
-                values = np.asarray(tap)[: len(indices)]
-                rows[name][part] = values.reshape(-1, values.shape[-1]) if keep.all() else values[keep]
-            for name, column in _columns(blocks, indices, np.asarray(corrupted), np.asarray(is_masked), np.asarray(rate), shift).items():
-                rows[name][part] = column[keep]
-            if progress is not None:
-                progress(part.stop - at)
-            at = part.stop
-        store.write_shard(shard, rows)
-    return store.finish()
+    cut = Cut(len(blocks), per_shard, batch_size // parts, frozenset(s.shard for s in store.shards), groups)
+    for shard, piece, (taps, *read) in passes(run, take, facts["length"], cut, mesh):
+        if not shard.rows:
+            n = rows_of(shard.blocks)
+            shard.rows = {name: np.empty((n, width), row_dtype(dtype)) for name, width in store.sites.items()}
+            shard.rows |= {name: np.empty(n, kind) for name, kind in COLUMNS.items()}
+        first = cut.range(shard.number).start
+        here = shard.blocks.take(slice(piece.start - first, piece.stop - first))
+        keep = here.documents >= 0
+        to = slice(shard.filled, shard.filled + int(keep.sum()))
+        for name, tap in taps.items():
+            values = np.asarray(tap)[: len(piece)]
+            shard.rows[name][to] = values.reshape(-1, values.shape[-1]) if keep.all() else values[keep]
+        for name, column in _columns(here, np.asarray(piece), *(np.asarray(array) for array in read), shift).items():
+            shard.rows[name][to] = column[keep]
+        shard.filled = to.stop
+        if progress is not None:
+            progress(to.stop - to.start)
+        if piece.stop == cut.range(shard.number).stop:
+            store.write_shard(shard.number, shard.rows)
+    store.flush()
+    distributed.barrier("harvest: all shards are written")
+    distributed.on_first(lambda: _finish(store))
+    if not distributed.is_first():
+        store.refresh()
+    return store
 
 
 def rows_of(blocks: Blocks) -> int:
@@ -140,84 +185,17 @@ def blocks_digest(blocks: Blocks) -> str:
     return total.hexdigest()
 
 
-def block_rates(
-    policy: str, key: Key[Array, ""], indices: Int[Array, " B"], low: float | Float[Array, ""], high: float | Float[Array, ""]
-) -> Float[Array, " B"]:
-    """The corruption rate of each block, a function of the key and its index alone."""
-    if policy == "clean":
-        return jnp.zeros(indices.shape, jnp.float32)
-    each = jax.vmap(jax.random.fold_in, (None, 0))
-    if policy == "batch_rate":
-        place = jax.vmap(jax.random.uniform)(each(key, indices // PAPER_BATCH))
-    else:
-        orders = jax.vmap(lambda k: jax.random.permutation(k, STRATA))(each(jax.random.fold_in(key, 0), indices // STRATA))
-        stratum = jnp.take_along_axis(orders, (indices % STRATA)[:, None], axis=1)[:, 0]
-        place = (stratum + jax.vmap(jax.random.uniform)(each(jax.random.fold_in(key, 1), indices))) / STRATA
-    return low + (high - low) * place.astype(jnp.float32)
-
-
-@partial(jax.jit, static_argnums=0, static_argnames=("sites", "policy", "padded", "dtype"))
-def _forward(
-    model: Transformer,
-    params: dict,
-    key: Key[Array, ""],
-    tokens: Int[Array, "B T"],
-    real: Bool[Array, "B T"],
-    indices: Int[Array, " B"],
-    *,
-    low: float,
-    high: float,
-    sites: tuple[str, ...],
-    policy: str,
-    padded: bool,
-    dtype: str,
-) -> tuple[dict[str, Float[Array, "B T D"]], Int[Array, "B T"], Bool[Array, "B T"], Float[Array, " B"]]:
-    """Corrupts the blocks and runs the model: taps in the stored dtype, what the model read, where it is masked, the rates."""
-    rate = block_rates(policy, jax.random.fold_in(key, 0), indices, low, high)
-    if policy == "clean":
-        corrupted, is_masked = tokens, jnp.zeros(tokens.shape, bool)
-    else:
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, 1), indices)
-        one = lambda k, t, p, r: corrupt(k, t[None], p, model.diffusion, protect=~r[None])  # noqa: E731
-        corrupted, is_masked = (a[:, 0] for a in jax.vmap(one)(keys, tokens, rate, real))
-    out = model.apply(params, corrupted, attention_mask=real if padded else None, logits=False, collect=sites)
-    places = {site: parse_site(site, model.config) for site in sites}
-    row = lambda tap: site_rows(tap).astype(dtype)  # noqa: E731
-    return {site: row(out.taps[name][layer]) for site, (name, layer) in places.items()}, corrupted, is_masked, rate
-
-
-def _batches(
-    run: Callable[..., Any], blocks: Blocks, first: int, last: int, batch_size: int
-) -> Iterator[tuple[np.ndarray, tuple[dict[str, Array], Array, Array, Array]]]:
-    """The forward passes of one shard's blocks, one of them always ahead of the copy to the host.
-
-    A batch never spans two shards, and the last one is filled up with its own last block: one compiled shape, and the same arithmetic for a
-    block whenever its shard is computed.
-    """
-    ahead: deque[tuple[np.ndarray, Any]] = deque()
-    for start in range(first, last, batch_size):
-        indices = np.arange(start, min(start + batch_size, last))
-        filled = np.minimum(np.arange(start, start + batch_size), last - 1)
-        out = run(blocks.tokens[filled], blocks.documents[filled] >= 0, filled.astype(np.int32))
-        for leaf in jax.tree.leaves(out):
-            leaf.copy_to_host_async()
-        ahead.append((indices, out))
-        if len(ahead) == 2:
-            yield ahead.popleft()
-    yield from ahead
-
-
 def _columns(
     blocks: Blocks, indices: np.ndarray, corrupted: np.ndarray, is_masked: np.ndarray, rate: np.ndarray, shift: bool
 ) -> dict[str, np.ndarray]:
-    """The columns of some blocks, each [len(indices), T]."""
+    """The columns of blocks with these indices, each [len(blocks), T]; the other arrays may have more blocks at their end."""
     n, length = len(indices), blocks.tokens.shape[1]
     is_masked = is_masked[:n]
     predicts = np.concatenate([is_masked[:, 1:], np.zeros((n, 1), bool)], axis=1) if shift else is_masked
     return {
         "token": corrupted[:n],
-        "original": blocks.tokens[indices],
-        "document": blocks.documents[indices],
+        "original": blocks.tokens,
+        "document": blocks.documents,
         "position": np.broadcast_to(np.arange(length, dtype=np.int32), (n, length)),
         "block": np.broadcast_to(indices[:, None], (n, length)),
         "rate": np.broadcast_to(rate[:n, None], (n, length)),
@@ -226,36 +204,61 @@ def _columns(
     }
 
 
-def _check(model: Transformer, blocks: Blocks, corruption: Corruption, seed: int, batch_size: int, dtype: str) -> None:
-    if model.diffusion is None and corruption.policy != "clean":
-        raise UserError(f"harvest: an autoregressive model has no mask token, so {str(corruption)!r} is not possible: use 'clean'")
+def _check(
+    model: Transformer, blocks: Blocks | Windows, corruption: Corruption, seed: int, batch_size: int, dtype: str, parts: int
+) -> None:
+    check_corruption(model, corruption, "harvest")
     if batch_size < 1 or seed < 0:
         raise UserError(f"harvest: batch_size {batch_size} and seed {seed}: batch_size must be at least 1, seed at least 0")
+    if batch_size % parts:
+        raise UserError(f"harvest: batch_size {batch_size} cannot be divided over the {parts} parts of the mesh's rows: use a multiple")
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} cannot be stored: use one of {', '.join(DTYPES)}")
-    if not len(blocks) or not rows_of(blocks):
+    if not len(blocks) or (isinstance(blocks, Blocks) and not rows_of(blocks)):
         raise UserError("harvest: there are no blocks with text in them")
-    if not 0 <= int(blocks.tokens.min()) <= int(blocks.tokens.max()) < model.config.vocab_size:
-        raise UserError(
-            f"harvest: the blocks have token ids {blocks.tokens.min()} to {blocks.tokens.max()}, the model has {model.config.vocab_size} "
-            "entries: they were made with another tokenizer"
-        )
+    if isinstance(blocks, Blocks):
+        check_tokens(model, blocks.tokens, "harvest")
+
+
+def _facts(blocks: Blocks | Windows) -> dict[str, Any]:
+    """What a store says of the blocks that it was made from."""
+    if isinstance(blocks, Blocks):
+        return {"digest": blocks_digest(blocks), "count": len(blocks), "length": blocks.tokens.shape[1], "side": blocks.side}
+    return {"digest": blocks.digest, "count": len(blocks), "length": blocks.length, "side": blocks.side}
+
+
+def _open_on_all(
+    url: str | os.PathLike[str], sites: dict[str, int], origin: dict, dtype: str, facts: dict, batch_size: int, shard_blocks: int | None
+) -> tuple[ActivationStore, int]:
+    """The store to fill and how many blocks each of its shards holds; process 0 makes it where there is none, the others open it then."""
+    made: list[ActivationStore] = []
+
+    def first() -> int:
+        store, per_shard = _open_or_create(url, sites, origin, dtype, facts, batch_size, shard_blocks)
+        made.append(store)
+        return per_shard
+
+    per_shard = distributed.on_first(first)
+    if not made:
+        made.append(ActivationStore.open(url, allow_incomplete=True, writer=jax.process_index()))
+    distributed.barrier("harvest: the store is open")  # nobody commits a shard that another one takes for missing
+    return made[0], per_shard
 
 
 def _open_or_create(
-    url: str | os.PathLike[str], sites: dict[str, int], origin: dict, dtype: str, length: int, batch_size: int, shard_blocks: int | None
+    url: str | os.PathLike[str], sites: dict[str, int], origin: dict, dtype: str, facts: dict, batch_size: int, shard_blocks: int | None
 ) -> tuple[ActivationStore, int]:
-    """The store to fill and how many blocks each of its shards holds."""
     shown, kv = manifest.open_location(url)
     if manifest.read_header(kv, shown) is None:
         shard_rows, chunk_rows = default_rows(sites, dtype)
         if shard_blocks is None:
             # whole batches, where a shard holds that many
-            shard_blocks = max(shard_rows // length // batch_size, 1) * batch_size
+            shard_blocks = max(shard_rows // facts["length"] // batch_size, 1) * batch_size
         elif shard_blocks < 1:
             raise UserError(f"harvest: shard_blocks is {shard_blocks}: it must be at least 1")
-        room = -(-shard_blocks * length // chunk_rows) * chunk_rows
-        store = ActivationStore.create(url, sites, {**origin, "shard_blocks": shard_blocks}, dtype, room, chunk_rows)
+        room = -(-shard_blocks * facts["length"] // chunk_rows) * chunk_rows
+        shards = -(-facts["count"] // shard_blocks)
+        store = ActivationStore.create(url, sites, {**origin, "shard_blocks": shard_blocks}, dtype, room, chunk_rows, COLUMNS, shards)
     else:
         store = ActivationStore.open(url, allow_incomplete=True)
         for name, wanted in origin.items():
@@ -268,8 +271,12 @@ def _open_or_create(
         shard_blocks = store.meta.get("shard_blocks")
         if not isinstance(shard_blocks, int):
             raise UserError(f"the store at {shown} was not made by a harvest: choose another place")
-    store.set_columns(COLUMNS)
+        store.set_columns(COLUMNS)
     return store, shard_blocks
+
+
+def _finish(store: ActivationStore) -> None:
+    store.finish()
 
 
 def _as_json(value: Any) -> Any:

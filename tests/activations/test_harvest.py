@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from dlmscope_jax.activations import ActivationStore, Corruption, harvest, rows_of
-from dlmscope_jax.activations.harvesting import block_rates, blocks_digest
+from dlmscope_jax.activations.forward import block_rates
+from dlmscope_jax.activations.harvesting import blocks_digest
 from dlmscope_jax.errors import UserError
 from dlmscope_jax.models import process_weights
 
@@ -196,7 +197,7 @@ def test_a_finished_harvest_is_reused(tmp_path, blocks, dlm, monkeypatch):
     def never(*_, **__):
         raise AssertionError("the model ran")
 
-    monkeypatch.setattr("dlmscope_jax.activations.harvesting._forward", never)
+    monkeypatch.setattr("dlmscope_jax.activations.harvesting.forward", never)
     again = harvest(*arguments, batch_size=8)
     assert again.complete and again.rows == rows_of(blocks) and tree(tmp_path / "s") == before
 
@@ -244,7 +245,7 @@ def test_wrong_input(tmp_path, blocks, dlm):
         (dict(sites=()), "at least one site"),
         (dict(sites=["resid_post@2"]), "layers 0 to 1"),
         (dict(batch_size=0), "batch_size 0"),
-        (dict(dtype="int8"), "'int8'"),
+        (dict(dtype="float64"), "'float64'"),
         (dict(shard_blocks=0), "shard_blocks is 0"),
         (dict(blocks=replace(blocks, tokens=blocks.tokens + 40)), "made with another tokenizer"),
         (dict(blocks=replace(blocks, documents=0 * blocks.documents - 1)), "no blocks with text"),
@@ -272,13 +273,13 @@ def test_only_what_was_damaged_is_computed_again(tmp_path, blocks, dlm):
 
 
 def test_no_new_compilation_for_new_numbers(tmp_path, blocks, dlm):
-    from dlmscope_jax.activations.harvesting import _forward
+    from dlmscope_jax.activations.forward import forward
 
     harvest(*dlm, blocks, tmp_path / "0", SITES[:1], HALF, batch_size=4)
-    before = _forward._cache_size()
+    before = forward._cache_size()
     harvest(*dlm, tiny_blocks(9, seed=2), tmp_path / "1", SITES[:1], Corruption("rate", 0.2, 0.4), seed=5, batch_size=4)
     harvest(dlm[0], tiny_model("dlm", 4)[1], blocks, tmp_path / "2", SITES[:1], HALF, batch_size=4)
-    assert _forward._cache_size() == before
+    assert forward._cache_size() == before
 
 
 KILLED = """

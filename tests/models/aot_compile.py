@@ -17,7 +17,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from published_configs import PUBLISHED
 
-from dlmscope_jax.activations import harvesting
+from dlmscope_jax.activations.forward import forward as harvest_forward
 from dlmscope_jax.models import Transformer, init_params
 from dlmscope_jax.models.sharding import partition_specs
 
@@ -45,7 +45,7 @@ def main(program: str, name: str, topology: str, data: int, heads: int, sequence
     specs = {"params": partition_specs(params["params"], mesh)}
     params = jax.tree.map(lambda leaf, spec: array(leaf.shape, jnp.bfloat16, *spec), params, specs)
     tokens, real = array((batch, LENGTH), jnp.int32, "data"), array((batch, LENGTH), jnp.bool_, "data")
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     key = array(key.shape, key.dtype)
 
     def forward(params: dict, tokens: jax.Array, real: jax.Array, positions: jax.Array) -> jax.Array:
@@ -56,7 +56,7 @@ def main(program: str, name: str, topology: str, data: int, heads: int, sequence
         positions = array((batch, SCORED), jnp.int32, "data")
         traced = jax.jit(forward).trace(params, tokens, real, positions)
     else:
-        traced = harvesting._forward.trace(
+        traced = harvest_forward.trace(
             model, params, key, tokens, real, array((batch,), jnp.int32, "data"), low=0.1, high=0.9,
             sites=tuple(f"resid_post@{layer}" for layer in LAYERS), policy="rate", padded=True, dtype="bfloat16",
         )  # fmt: skip
