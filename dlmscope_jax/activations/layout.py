@@ -70,11 +70,16 @@ class Arrays:
         """Where the arrays' metadata lies."""
         return [self.folder(key) + "zarr.json" for key in self.keys()]
 
-    def create(self) -> None:
-        """Makes every array with its whole length, where that is known beforehand."""
+    def create(self, shards: int) -> None:
+        """Makes every array with room for so many shards; those that are there may have more."""
         with storage_errors(f"cannot write {self.shown}"):
             for key in self.keys():
-                self._array(key, (self.header.shards or 0) * self.header.shard_rows)
+                self._array(key, shards * self.header.shard_rows)
+
+    def check(self, key: str) -> None:
+        """Raises ``UserError`` unless the array of a key can be opened and is what the header says."""
+        with storage_errors(f"{self.shown}: the array {self.folder(key)} cannot be opened"):
+            self._array(key)
 
     def write_shard(self, index: int, rows: Mapping[str, np.ndarray]) -> Shard:
         """Writes one shard durably and returns its line of the manifest, which the caller has to commit.

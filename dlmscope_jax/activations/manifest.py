@@ -184,20 +184,28 @@ def read_shards(kv: "ts.KvStore", shown: str, complete: bool = False) -> dict[in
 
 def parsed(raw: bytes, key: str, shown: str) -> dict[int, Shard]:
     """The shards that a part lists; ``UserError`` where a line is not as it was written."""
+    found, wrong = readable(raw)
+    if wrong:
+        raise UserError(f"{shown}: {key} is damaged ({wrong[0]}); `dlmscope cache repair CONFIG` makes what it listed there again")
+    return found
+
+
+def readable(raw: bytes) -> tuple[dict[int, Shard], list[str]]:
+    """The shards that a part lists in lines that are as they were written, and what is wrong with the others."""
     found: dict[int, Shard] = {}
-    for number, line in enumerate(raw.split(b"\n")[:-1], 1):
+    *lines, rest = raw.split(b"\n")
+    wrong = ["its last line is cut off"] if rest else []
+    for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
             check = entry.pop("check", None)
             shard = Shard(**entry)
             if check != (_check(shard) if shard.marks else None):
-                raise ValueError("the line is not what was written")
+                raise ValueError("it is not what was written")
+            found[shard.shard] = shard
         except (TypeError, AttributeError, ValueError) as error:
-            raise UserError(f"{shown}: {key} is damaged (line {number}: {error}); delete the store and make it again") from error
-        found[shard.shard] = shard
-    if not raw.endswith(b"\n") and raw:
-        raise UserError(f"{shown}: {key} is damaged (its last line is cut off); delete the store and make it again")
-    return found
+            wrong.append(f"line {number}: {error}")
+    return found, wrong
 
 
 def write_shards(kv: "ts.KvStore", shards: dict[int, Shard], shown: str, part: str = MANIFEST) -> None:
@@ -216,15 +224,16 @@ def write_shards(kv: "ts.KvStore", shards: dict[int, Shard], shown: str, part: s
 def gather(kv: "ts.KvStore", shards: dict[int, Shard], shown: str) -> None:
     """Puts the shards of all parts into the first one, and removes the others."""
     write_shards(kv, shards, shown)
-    _delete(kv, [key for key in part_keys(kv, shown) if key != MANIFEST], shown)
+    delete(kv, [key for key in part_keys(kv, shown) if key != MANIFEST], shown)
 
 
 def clear(kv: "ts.KvStore", shown: str) -> None:
     """Removes what there is of a manifest without a header, before another store begins there."""
-    _delete(kv, [COMPLETE, *part_keys(kv, shown)], shown)
+    delete(kv, [COMPLETE, *part_keys(kv, shown)], shown)
 
 
-def _delete(kv: "ts.KvStore", keys: Iterable[str], shown: str) -> None:
+def delete(kv: "ts.KvStore", keys: Iterable[str], shown: str) -> None:
+    """Removes keys, those that there are."""
     with storage_errors(f"cannot write {shown}"):
         for key in keys:
             if kv.read(key).result().state == "value":  # a deletion would make the folder
@@ -268,7 +277,7 @@ def mark_complete(kv: "ts.KvStore", shown: str, arrays: Sequence[str]) -> None:
 
 def mark_incomplete(kv: "ts.KvStore", shown: str) -> None:
     """Takes the marker away, before anything that it vouches for changes."""
-    _delete(kv, [COMPLETE], shown)
+    delete(kv, [COMPLETE], shown)
 
 
 def _check(shard: Shard) -> str:

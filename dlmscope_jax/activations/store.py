@@ -102,7 +102,7 @@ class ActivationStore:
         manifest.write_header(kv, header, shown)
         store = cls(kv, shown, header, False)
         if shards is not None:
-            store._arrays.create()
+            store._arrays.create(shards)
         return store
 
     @classmethod
@@ -196,6 +196,18 @@ class ActivationStore:
     def complete(self) -> bool:
         """Whether the store was finished."""
         return self._complete
+
+    @property
+    def expected_shards(self) -> int | None:
+        """How many shards there will be, where the maker said so."""
+        return self._header.shards
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the committed rows, over all sites, scales and columns."""
+        sites = self._header.sites
+        row = sum(self._arrays.dtype(key).itemsize * sites.get(key, 1) for key in self._arrays.keys())
+        return self.rows * row
 
     def __repr__(self) -> str:
         state = "complete" if self._complete else "not finished"
