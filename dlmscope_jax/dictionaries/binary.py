@@ -3,6 +3,9 @@
 a = W_enc x + b_enc,   B = 1[a > 0],   y = W_dec B + b_dec        (Cho et al. 2025, arXiv 2509.20997, and its released code)
 
 An always-on bit has no entropy, as an always-off one has none: what counts as an event is a bit's rarer value.
+
+Entropy and covariance are of the whole batch and all latents, over however many devices they are divided. For the covariance the
+codes of all latents reach every device, as bits (``kernels.covariance``): 1/8 byte a latent and row.
 """
 
 import math
@@ -15,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from dlmscope_jax import kernels
 from dlmscope_jax.errors import UserError
+from dlmscope_jax.kernels.axes import ALONE, Axes
 
 from .base import Dictionary, RowNorm
 from .codes import Bits, Dense
@@ -107,17 +111,18 @@ class Binary(Dictionary):
         """
         return super().encode(params, x, train)  # type: ignore[return-value]
 
-    def _codes(self, params: dict, x: Float[Array, "B D"], train: bool = False) -> Bits | Dense:
-        support, values = self._step(params, x)
+    def _codes(self, params: dict, x: Float[Array, "B D"], train: bool = False, axes: Axes = ALONE) -> Bits | Dense:
+        support, values = self._step(params, x, axes)
         return Bits(support > 0) if self.bits == 1 and not train else Dense(values)
 
-    def _step(self, params: dict, x: Float[Array, "B D"]) -> tuple[Float[Array, "B N"], Float[Array, "B N"]]:
+    def _step(self, params: dict, x: Float[Array, "B D"], axes: Axes) -> tuple[Float[Array, "B N"], Float[Array, "B N"]]:
         """The bits and what is decoded of them, float32, with one gradient."""
-        return kernels.binarise(self._preactivations(params, x), self.estimator, self.temperature, self.follows == "paper", self.bits)
+        pre = self._preactivations(params, x, axes)
+        return kernels.binarise(pre, self.estimator, self.temperature, self.follows == "paper", self.bits)
 
-    def _preactivations(self, params: dict, x: Float[Array, "B D"]) -> Float[Array, "B N"]:
-        bias = params["b_enc"] if self.follows == "code" else jnp.zeros(self.width, jnp.float32)
-        return kernels.preactivations(x, params["W_enc"], bias, self._shift(params))
+    def _preactivations(self, params: dict, x: Float[Array, "B D"], axes: Axes = ALONE) -> Float[Array, "B N"]:
+        bias = params["b_enc"] if self.follows == "code" else jnp.zeros(self.here(axes), jnp.float32)
+        return super()._preactivations({**params, "b_enc": bias}, x, axes)
 
     def loss(
         self,
@@ -126,6 +131,7 @@ class Binary(Dictionary):
         target: Float[Array, "B D_out"] | None = None,
         dead: Bool[Array, " N"] | None = None,
         settings: LossSettings = LossSettings(),  # noqa: B008  # frozen
+        axes: Axes = ALONE,
     ) -> tuple[Float[Array, ""], LossParts]:
         """Reconstruction + ``settings.entropy`` * H + ``settings.covariance`` * Q; see ``Dictionary.loss``.
 
@@ -135,15 +141,16 @@ class Binary(Dictionary):
         ``l0`` count each bit's rarer value in the batch, since an always-on bit is as dead as an always-off one.
         """
         x, target = self._pair(x, target)
-        support, values = self._step(params, x)
-        residual = target - self._output(params, Dense(values), x)
-        measured = {"entropy": batch_entropy(support), "covariance": kernels.offdiagonal_covariance(support)}
-        error = squared(residual) / (self.out if self.follows == "code" else 1)
+        support, values = self._step(params, x, axes)
+        residual = target - self._output(params, Dense(values), x, axes)
+        measured = {"entropy": batch_entropy(support, axes), "covariance": kernels.offdiagonal_covariance(support, axes=axes)}
+        error = squared(residual, axes) / (self.out if self.follows == "code" else 1)
         terms = {"reconstruction": error}
         terms |= {"entropy": settings.entropy * measured["entropy"], "covariance": settings.covariance * measured["covariance"]}
-        parts = self._parts(residual, target, Dense(support), terms, measured)
-        rarer = jnp.minimum(parts.fired, len(x) - parts.fired)
-        return total(terms), replace(parts, fired=rarer, l0=rarer.sum().astype(jnp.float32) / len(x))
+        parts = self._parts(residual, target, Dense(support), terms, measured, axes=axes)
+        rows = len(x) * axes.row_parts
+        rarer = jnp.minimum(parts.fired, rows - parts.fired)
+        return total(terms), replace(parts, fired=rarer, l0=axes.sum_latents(rarer.sum().astype(jnp.float32)) / rows)
 
     def fold(self, params: dict, scale: float | Array, out_scale: float | Array | None = None) -> dict:
         """See ``Dictionary.fold``; bits have no scale, so the encoder takes the input's and the decoder the output's."""

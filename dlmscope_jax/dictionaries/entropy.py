@@ -5,17 +5,21 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dlmscope_jax.errors import UserError
+from dlmscope_jax.kernels.axes import ALONE, Axes
 
 _INSIDE_BURST = 1e-6
 _INSIDE_LOG = 1e-10  # the released code's; it bounds the slope at log2(1e10) = 33.2
 
 
-def batch_entropy(bits: Float[Array, "B N"]) -> Float[Array, ""]:
-    """``-sum_j p_j log2(p_j + 1e-10) + (1 - p_j) log2(1 - p_j + 1e-10)``, p_j the batch's share of ones: the released loss."""
-    rows = bits.shape[0]
-    ones = bits.sum(axis=0)
+def batch_entropy(bits: Float[Array, "B N"], axes: Axes = ALONE) -> Float[Array, ""]:
+    """``-sum_j p_j log2(p_j + 1e-10) + (1 - p_j) log2(1 - p_j + 1e-10)``, p_j the batch's share of ones: the released loss.
+
+    Where ``axes`` divide the batch or the latents, it is that of all of them; a device gives 4 bytes for each latent that it holds.
+    """
+    rows = bits.shape[0] * axes.row_parts
+    ones = axes.sum_rows(bits.sum(axis=0))
     p, q = ones / rows, (rows - ones) / rows  # not 1 - p: XLA would join that 1 with the 1e-10, where it is lost
-    return -(p * jnp.log2(p + _INSIDE_LOG) + q * jnp.log2(q + _INSIDE_LOG)).sum()
+    return axes.sum_latents(-(p * jnp.log2(p + _INSIDE_LOG) + q * jnp.log2(q + _INSIDE_LOG)).sum())
 
 
 def burstiness(bits: Bool[Array, "*batch N"], prior: Float[Array, " N"]) -> Float[Array, "*batch N"]:

@@ -4,6 +4,9 @@ loss = mean_g |x - (b_dec + sum_{i < n_g} f_i W_dec,i)|^2 + AuxK       (Bussmann
 
 One code, chosen over the whole batch and all latents, serves every prefix. The mean is taken once, so AuxK weighs as much as it
 does in ``TopK`` (dictionary_learning divides by G twice: reference/sae_libraries.md 1, defect 7).
+
+Prefixes are of all latents. Where those are divided, each device decodes its part of what every prefix adds to the one before, and the
+[G, B, D] parts are summed over the devices at once: G B D numbers, where BatchTopK moves B D.
 """
 
 from dataclasses import dataclass
@@ -14,11 +17,10 @@ from jaxtyping import Array, Float
 
 from dlmscope_jax import kernels
 from dlmscope_jax.errors import UserError
+from dlmscope_jax.kernels.axes import Axes
 
 from .base import RowNorm
 from .batch_topk import BatchTopK
-from .codes import FlatSparse
-from .losses import squared
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Matryoshka(BatchTopK):
     row_norm: RowNorm = "none"
 
     KIND: ClassVar[str] = "matryoshka"
+    ROOM: ClassVar[int] = 4  # early latents are active more often, and lie on one device
 
     def __post_init__(self):
         super().__post_init__()
@@ -61,14 +64,12 @@ class Matryoshka(BatchTopK):
         return tuple(sorted({max(1, self.width * part // 32) for part in (1, 3, 7, 15, 32)}))
 
     def _reconstruction(
-        self, params: dict, codes: FlatSparse, x: Float[Array, "B D"], target: Float[Array, "B D_out"]
+        self, decoded: Float[Array, "G B D_out"], rest: Float[Array, "*B D_out"], target: Float[Array, "B D_out"], axes: Axes
     ) -> tuple[Float[Array, ""], Float[Array, "B D_out"], dict[str, Array]]:
         """The mean of the prefixes' squared errors; AuxK sees the residual of the last prefix, the whole dictionary.
 
         Measured beside it: ``prefix_<n>``, the squared error of each.
         """
-        n_rows, nested = x.shape[0], self.nested
-        decoded = kernels.decode_prefixes(codes.values, codes.rows, codes.latents, params["W_dec"], n_rows, nested)
-        residuals = target - self._without_latents(params, x) - decoded
-        errors = [squared(residual) for residual in residuals]
-        return jnp.stack(errors).mean(), residuals[-1], {f"prefix_{n}": error for n, error in zip(nested, errors, strict=True)}
+        residuals = target - rest - decoded
+        errors = axes.mean_rows(jnp.square(residuals).sum(axis=(1, 2)) / residuals.shape[1])
+        return errors.mean(), residuals[-1], {f"prefix_{n}": error for n, error in zip(self.nested, errors, strict=True)}

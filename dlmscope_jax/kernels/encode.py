@@ -19,10 +19,13 @@ from jaxtyping import Array, Float, Int
 
 from dlmscope_jax.errors import UserError
 
+from .axes import Axes
 from .preactivations import preactivations
 from .sparse_matmul import dots, dots_flat, with_encoder_gradient, with_flat_encoder_gradient
+from .sparse_matmul.sharded_flat import Winners, places
 from .topk.batch import topk_batch
 from .topk.encoded import select_encoded
+from .topk.sharded import batch_winners
 
 Selection = Literal["float32", "bfloat16"]
 SELECTIONS: tuple[Selection, ...] = ("float32", "bfloat16")
@@ -53,10 +56,23 @@ def encode_topk(
     """
     check_selection("encode_topk", selection)
     values, indices = select_encoded(x, weight, bias, shift, k, dtype=selection, implementation=implementation)
+    return at_selected(values, indices, x, weight, bias, shift, selection), indices
+
+
+def at_selected(
+    values: Float[Array, "B k"],
+    indices: Int[Array, "B k"],
+    x: Float[Array, "B D"],
+    weight: Float[Array, "N D"],
+    bias: Float[Array, " N"],
+    shift: Float[Array, " D"] | None,
+    selection: Selection,
+) -> Float[Array, "B k"]:
+    """The pre-activations ``values`` by which latents were selected, in float32 and with the encoder's gradient."""
     if selection != "float32":
         x_, weight_, bias_, shift_ = jax.lax.stop_gradient((x, weight, bias, shift))
         values = dots(x_ if shift_ is None else x_ - shift_, indices, weight_) + bias_[indices]
-    return with_encoder_gradient(values, indices, x, weight, bias, shift), indices
+    return with_encoder_gradient(values, indices, x, weight, bias, shift)
 
 
 def encode_topk_batch(
@@ -89,6 +105,40 @@ def encode_topk_batch(
         _, rows, latents = topk_batch(_of_rounded(shifted, weight_) + bias_, count)
         values = dots_flat(shifted, rows, latents, weight_) + bias_[latents]
     return with_flat_encoder_gradient(values, rows, latents, x, weight, bias, shift), rows, latents
+
+
+def encode_winners(
+    x: Float[Array, "B D"],
+    weight: Float[Array, "n D"],
+    bias: Float[Array, " n"],
+    shift: Float[Array, " D"] | None,
+    count: int | Int[Array, ""],
+    room: int,
+    axes: Axes,
+    *,
+    selection: Selection = "float32",
+) -> Winners:
+    """This shard's part of what ``encode_topk_batch`` selects from all rows and latents, without gradient: ``decode_winners`` has it.
+
+    Args:
+      x: this shard's rows.
+      weight, bias: of this shard's latents.
+      count: how many are selected from the whole batch, from 1; may be traced.
+      room: static; in a batch in which this shard has more of them, they are not listed.
+      axes: what divides rows and latents.
+      selection: as for ``encode_topk_batch``.
+
+    Raises:
+      UserError: a selection that is unknown.
+    """
+    check_selection("encode_winners", selection)
+    x, weight, bias, shift = jax.lax.stop_gradient((x, weight, bias, shift))
+    shifted = x if shift is None else x - shift
+    pre = preactivations(x, weight, bias, shift) if selection == "float32" else _of_rounded(shifted, weight) + bias
+    words = batch_winners(pre, count, axes)
+    rows, latents, here, overflow = places(words, len(weight), min(room, pre.size), axes)
+    values = pre[rows, latents] if selection == "float32" else dots_flat(shifted, rows, latents, weight) + bias[latents]
+    return Winners(words, values, rows, latents, here, overflow)
 
 
 def check_selection(what: str, selection: str) -> None:

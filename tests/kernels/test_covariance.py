@@ -112,3 +112,46 @@ def test_several_at_once():
         want, want_gradient = closed_form(np.asarray(codes[i]))
         np.testing.assert_allclose(together[0][i], want, rtol=1e-5)
         np.testing.assert_allclose(together[1][i], want_gradient, rtol=1e-5, atol=1e-7)
+
+
+DIVIDED = """
+    import jax, jax.numpy as jnp, numpy as np, sys
+    from jax.sharding import Mesh, PartitionSpec as P
+    sys.path.insert(0, "tests/kernels")
+    from programs import collectives
+    from dlmscope_jax.kernels import offdiagonal_covariance
+    from dlmscope_jax.kernels.axes import ALONE, Axes
+
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    rng, axes = np.random.default_rng(0), Axes(("data",), "model")
+
+    def over(data, model, block, axes=axes):
+        mesh = Mesh(np.array(jax.devices()[: data * model]).reshape(data, model), ("data", "model"))
+        run = jax.value_and_grad(lambda x: 3.0 * offdiagonal_covariance(x, block, axes))
+        spec = P("data", "model")
+        return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=(P(), spec), check_vma=False))
+
+    for data, model, n, width, block in ((1, 1, 9, 20, 8), (2, 2, 12, 26, 5), (4, 2, 24, 34, 512), (2, 4, 10, 52, 4), (1, 8, 16, 40, 2)):
+        codes = (rng.random((n, width)) < 0.4).astype(np.float32)
+        codes[:, 1], codes[:, -1] = codes[:, 0], 1 - codes[:, 0]  # the same, and the opposite, on the first and on the last shard
+        value, gradient = over(data, model, block)(codes)
+        want, want_gradient = jax.value_and_grad(lambda x: 3.0 * offdiagonal_covariance(x, 8))(jnp.asarray(codes))
+        np.testing.assert_allclose(value, want, rtol=1e-6)
+        np.testing.assert_allclose(gradient, want_gradient, rtol=1e-5, atol=2e-6 * np.abs(want_gradient).max())
+
+    independent = np.zeros((6, 4), np.float32)  # a covariance of 0 to the last count has no slope, across shards as well
+    independent[:3, 0], independent[[0, 1, 3, 4], 2] = 1, 1
+    for value in over(2, 2, 8)(independent):
+        assert float(jnp.abs(value).max()) == 0.0
+
+    # rows of a part fill 3 bytes but for 5 bits
+    data, model, n, width = 2, 4, 19, 257
+    moved = collectives(over(data, model, 64).lower(jax.ShapeDtypeStruct((data * n, model * width), jnp.float32)).compile().as_text())
+    assert sorted((c.op, c.operand_bytes * c.trips) for c in moved) == [
+        ("all-gather", width * 3), ("all-reduce", 4), ("collective-permute", 3 * width * 3 * data),
+    ], moved
+"""
+
+
+def test_over_devices_only_bits_move(run_with_devices):
+    run_with_devices(DIVIDED, 8)

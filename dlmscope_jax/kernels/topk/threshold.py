@@ -122,15 +122,18 @@ def batch_key(pre: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
     return keys.sortable(jnp.where(value == 0, jnp.zeros((), pre.dtype), value))
 
 
-def batch_threshold(pre: Float[Array, "B N"], count: int, axis_names: tuple[str, ...] = ()) -> tuple[Int[Array, ""], Int[Array, ""]]:
+def batch_threshold(
+    pre: Float[Array, "B N"], count: int | Int[Array, ""], axis_names: tuple[str, ...] = ()
+) -> tuple[Int[Array, ""], Int[Array, ""]]:
     """The key at rank ``count`` of a whole batch, which may lie on many devices, and how many of the entries equal to it are kept.
 
     The batch's ``count`` largest entries are those with ``batch_key(pre) > key`` and ``ties`` of those with ``batch_key(pre) == key``.
     A digit of four bits takes one ``psum`` of 15 counts: 8 collectives of 60 bytes in float32, 4 in half precision. No derivative.
+    A device says no more than that it has ``count`` of them, so that all entries together may be more than an int32 counts.
 
     Args:
-      pre: this device's part.
-      count: static, at most the entries on all devices, and these below 2^31.
+      pre: this device's part, of fewer than 2^31 entries.
+      count: from 1, may be traced; at most the entries on all devices, and, times the number of devices, below 2^31.
       axis_names: the mesh axes that divide the batch, inside ``jax.shard_map``.
 
     Returns:
@@ -139,17 +142,17 @@ def batch_threshold(pre: Float[Array, "B N"], count: int, axis_names: tuple[str,
     Raises:
       UserError: a count below 1, something else than floats.
     """
-    if count < 1 or not jnp.issubdtype(pre.dtype, jnp.floating):
+    if (isinstance(count, int) and count < 1) or not jnp.issubdtype(pre.dtype, jnp.floating):
         raise UserError(f"batch_threshold: needs floats and a count from 1, got {pre.dtype} and {count}")
-    pre = jax.lax.stop_gradient(pre).reshape(-1)
+    pre, rank = jax.lax.stop_gradient(pre).reshape(-1), jnp.asarray(count, jnp.int32)
 
     def reached(bounds):
         entries, bounds = jax.lax.optimization_barrier((pre, bounds))  # as in ``topk``
         here = marks.count(batch_key(entries) >= bounds[:, None])
-        return jax.lax.psum(here, axis_names) if axis_names else here
+        return jax.lax.psum(jnp.minimum(here, rank), axis_names) if axis_names else here
 
-    key, above = kth(reached, jnp.int32(count), pre.dtype)
-    return key, count - above
+    key, above = kth(reached, rank, pre.dtype)
+    return key, rank - above
 
 
 def ties_here(
@@ -162,6 +165,7 @@ def ties_here(
       ties: how many are kept in the whole batch, from ``batch_threshold``.
       row_axes, latent_axes: the mesh axes that divide rows and latents, major first; shards in the order of their entries.
     """
+    level = jnp.minimum(level, ties)  # more are not asked for; sums over a row, and over the batch, stay within an int32
     before, whole = jnp.zeros_like(level), level
     if latent_axes:
         shards = jax.lax.all_gather(level, latent_axes)
