@@ -1,7 +1,7 @@
 """Damage: which files of a store are not what was written, and how to leave only the sound ones."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count, takewhile
@@ -66,20 +66,22 @@ def examine(url: str | PathLike[str], progress: Callable[[int], None] | None = N
             raise UserError(f"there is no activation store at {shown}: harvest one there first, or check the path")
         return Findings(None, {}, (Damage(HEADER, None, "it is missing"),), changed is not None)
     damaged = [Damage(file, None, "it changed after the store was finished") for file in changed or ()]
+    if any(HEADER in damage.file for damage in damaged):  # what it says may be wrong
+        return Findings(None, {}, tuple(damaged), changed is not None)
     shards = _listed(kv, shown, changed is not None, damaged)
     arrays = Arrays(kv, shown, header)
-    keys = []
-    for key in arrays.keys():
+    for key, file in zip(arrays.keys(), arrays.descriptions(), strict=True) if shards else ():
         try:
-            arrays.check(key)
-            keys.append(key)
+            if file not in (changed or ()):
+                arrays.check(key)
+                continue
         except UserError as error:
-            if arrays.folder(key) + "zarr.json" not in (changed or ()) and shards:
-                damaged.append(Damage(arrays.folder(key) + "zarr.json", None, _reason(error)))
+            damaged.append(Damage(file, None, _reason(error)))
+        arrays.assume(key, 1 + max(shards))
     sound = {}
-    for shard, found in _examined(arrays, shards, keys):
+    for shard, found in _examined(arrays, shards):
         damaged += found
-        if not found and len(keys) == len(arrays.keys()):
+        if not found:
             sound[shard.shard] = shard
         if progress is not None:
             progress(shard.rows)
@@ -97,7 +99,7 @@ def keep(url: str | PathLike[str], findings: Findings, in_order: bool = False) -
     if in_order:
         sound = {place: sound[place] for place in takewhile(sound.__contains__, count())}
     manifest.clear(kv, shown)
-    if findings.header is None or any(HEADER in damage.file for damage in findings.damaged):
+    if findings.header is None:
         manifest.delete(kv, [HEADER], shown)
         return
     manifest.write_shards(kv, sound, shown)
@@ -120,11 +122,11 @@ def _listed(kv: "ts.KvStore", shown: str, finished: bool, damaged: list[Damage])
     return {place: shards[place] for place in sorted(shards)}
 
 
-def _examined(arrays: Arrays, shards: dict[int, Shard], keys: Sequence[str]) -> Iterator[tuple[Shard, list[Damage]]]:
+def _examined(arrays: Arrays, shards: dict[int, Shard]) -> Iterator[tuple[Shard, list[Damage]]]:
     waiting: deque[tuple[Shard, Future[list[Damage]]]] = deque()
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         for shard in shards.values():
-            waiting.append((shard, pool.submit(_damage_of, arrays, shard, shards, keys)))
+            waiting.append((shard, pool.submit(_damage_of, arrays, shard, shards)))
             if len(waiting) > _AT_ONCE:
                 first, future = waiting.popleft()
                 yield first, future.result()
@@ -132,19 +134,19 @@ def _examined(arrays: Arrays, shards: dict[int, Shard], keys: Sequence[str]) -> 
             yield first, future.result()
 
 
-def _damage_of(arrays: Arrays, shard: Shard, shards: dict[int, Shard], keys: Sequence[str]) -> list[Damage]:
+def _damage_of(arrays: Arrays, shard: Shard, shards: dict[int, Shard]) -> list[Damage]:
     damaged, rows = [], {}
-    for key in keys:
+    for key in arrays.keys():
         try:
             (rows[key],) = arrays.read_many(key, [(shard.shard, 0, shard.rows)], shards)
         except UserError as error:
             damaged.append(Damage(arrays.file(key, shard.shard), shard.shard, _reason(error)))
-    if not damaged and len(keys) == len(arrays.keys()) and row_digest(rows, keys) != shard.digest:
+    if not damaged and row_digest(rows, arrays.keys()) != shard.digest:
         reason = "the shard's rows are not those that were committed; it is in one of its files"
-        damaged = [Damage(arrays.file(key, shard.shard), shard.shard, reason) for key in keys]
+        damaged = [Damage(arrays.file(key, shard.shard), shard.shard, reason) for key in arrays.keys()]
     return damaged
 
 
 def _reason(error: UserError) -> str:
     """What the storage layer said, without the advice around it."""
-    return " ".join(str(error.__cause__ or error).split())[:120]
+    return manifest.reason(error.__cause__ or error)

@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..errors import UserError
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 HEADER, MANIFEST, COMPLETE = "store.json", "manifest.jsonl", "COMPLETE"
 FORMAT, VERSION = "dlmscope-activations", 2
+STORED = ("bfloat16", "float16", "float32", "int8")
 OLDEST = 1  # without int8, several writers and marks
 
 
@@ -80,8 +83,13 @@ def storage_errors(what: str, advice: str = "") -> Iterator[None]:
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, NotImplementedError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{what}: {reason}{'; ' + advice if advice else ''}") from error
+        raise UserError(f"{what}: {reason(error)}{'; ' + advice if advice else ''}") from error
+
+
+def reason(error: BaseException) -> str:
+    """What the storage layer says, without the specification and the places in its source that it adds."""
+    text = " ".join(str(error).split())
+    return re.sub(r" ?\[(tensorstore_spec|source locations)=.*", "", text)[:300]
 
 
 def open_location(url: str | os.PathLike[str]) -> "tuple[str, ts.KvStore]":
@@ -117,9 +125,19 @@ def read_header(kv: "ts.KvStore", shown: str) -> Header | None:
         version = found.pop("version")
         if version not in range(OLDEST, VERSION + 1):
             raise UserError(f"{shown}: the store has format version {version}, this package reads {OLDEST} to {VERSION}")
-        return Header(**found)
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        return _checked(Header(**found))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{shown}: {HEADER} is damaged ({error}); delete the store and make it again") from error
+
+
+def _checked(header: Header) -> Header:
+    """Raises ``ValueError`` or ``TypeError`` for what no writer of a header wrote."""
+    numbers = [header.shard_rows, header.chunk_rows, *header.sites.values(), *([] if header.shards is None else [header.shards])]
+    if header.dtype not in STORED or not all(type(n) is int and n > 0 for n in numbers) or header.shard_rows % header.chunk_rows:
+        raise ValueError("these are not the dtype, sites and numbers of rows of a store")
+    for dtype in (header.columns or {}).values():
+        np.dtype(dtype)
+    return header
 
 
 def write_header(kv: "ts.KvStore", header: Header, shown: str) -> None:
@@ -145,7 +163,7 @@ def part_keys(kv: "ts.KvStore", shown: str) -> list[str]:
     except (NotImplementedError, ValueError):  # a store over http cannot be listed
         keys = []
     except OSError as error:
-        raise UserError(f"cannot list {shown}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"cannot list {shown}: {reason(error)}") from error
     return [*sorted((key for key in keys if _PART.fullmatch(key)), reverse=True), MANIFEST]
 
 
