@@ -63,6 +63,7 @@ _ROOMS = {
     "load_dictionary": "dictionaries",
     "save_dictionary": "dictionaries",
     "ActivationStore": "activations",
+    "ActivationStream": "activations",
     "Corruption": "activations",
     "harvest": "activations",
     "Progress": "training",

@@ -10,12 +10,14 @@ if TYPE_CHECKING:
     from .harvesting import harvest, rows_of
     from .reader import BatchIterator
     from .store import COLUMNS, ActivationStore
+    from .stream import ActivationStream
 
-__all__ = ["COLUMNS", "ActivationStore", "BatchIterator", "Corruption", "harvest", "rows_of"]
+__all__ = ["COLUMNS", "ActivationStore", "ActivationStream", "BatchIterator", "Corruption", "harvest", "rows_of"]
 
 _HOMES = {
     "COLUMNS": "store",
     "ActivationStore": "store",
+    "ActivationStream": "stream",
     "BatchIterator": "reader",
     "Corruption": "corruption",
     "harvest": "harvesting",

@@ -107,23 +107,13 @@ def harvest(
     mesh = model.mesh
     parts = 1 if mesh is None else distributed.row_parts(mesh)
     _check(model, blocks, corruption, seed, batch_size, dtype, parts)
-    facts = _facts(blocks)
-    origin = {
-        **(meta or {}),
-        "weight_processing": model.config.weight_processing,
-        "model_identity": model_identity(model, params),
-        "sites": list(names),
-        "corruption": {"policy": corruption.policy, "low": corruption.low, "high": corruption.high},
-        "seed": seed,
-        "dtype": dtype,
-        "blocks": facts,
-        "versions": {"dlmscope_jax": __version__, "jax": jax.__version__, "numpy": np.__version__},
-    }
+    origin = origin_of(model, params, blocks, names, corruption, seed, dtype, meta)
+    length = origin["blocks"]["length"]
     if not isinstance(blocks, Blocks):
         if shard_blocks not in (None, blocks.window):
             raise UserError(f"harvest: shard_blocks is {shard_blocks}, but the blocks come in windows of {blocks.window}: leave it out")
         shard_blocks = blocks.window
-    store, per_shard = _open_on_all(url, widths, origin, dtype, facts, batch_size, shard_blocks)
+    store, per_shard = _open_on_all(url, widths, origin, batch_size, shard_blocks)
     if store.complete:
         return store
     padded = bool((blocks.documents < 0).any()) if isinstance(blocks, Blocks) else blocks.padded
@@ -142,7 +132,7 @@ def harvest(
         progress(store.rows)
     shift = model.diffusion is not None and model.diffusion.shift
     cut = Cut(len(blocks), per_shard, batch_size // parts, frozenset(s.shard for s in store.shards), groups)
-    for shard, piece, (taps, *read) in passes(run, take, facts["length"], cut, mesh):
+    for shard, piece, (taps, *read) in passes(run, take, length, cut, mesh):
         if not shard.rows:
             n = rows_of(shard.blocks)
             shard.rows = {name: np.empty((n, width), row_dtype(dtype)) for name, width in store.sites.items()}
@@ -172,6 +162,34 @@ def harvest(
 def rows_of(blocks: Blocks) -> int:
     """How many rows a harvest of these blocks has: their positions without padding."""
     return int((blocks.documents >= 0).sum())
+
+
+def origin_of(
+    model: Transformer,
+    params: dict,
+    blocks: Blocks | Windows,
+    sites: Sequence[str],
+    corruption: Corruption,
+    seed: int,
+    dtype: str,
+    meta: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """What is said of rows that come from a model: the meta of their store."""
+    if isinstance(blocks, Blocks):
+        digest, length = blocks_digest(blocks), blocks.tokens.shape[1]
+    else:
+        digest, length = blocks.digest, blocks.length
+    return {
+        **(meta or {}),
+        "weight_processing": model.config.weight_processing,
+        "model_identity": model_identity(model, params),
+        "sites": list(sites),
+        "corruption": {"policy": corruption.policy, "low": corruption.low, "high": corruption.high},
+        "seed": seed,
+        "dtype": dtype,
+        "blocks": {"digest": digest, "count": len(blocks), "length": length, "side": blocks.side},
+        "versions": {"dlmscope_jax": __version__, "jax": jax.__version__, "numpy": np.__version__},
+    }
 
 
 def blocks_digest(blocks: Blocks) -> str:
@@ -220,21 +238,14 @@ def _check(
         check_tokens(model, blocks.tokens, "harvest")
 
 
-def _facts(blocks: Blocks | Windows) -> dict[str, Any]:
-    """What a store says of the blocks that it was made from."""
-    if isinstance(blocks, Blocks):
-        return {"digest": blocks_digest(blocks), "count": len(blocks), "length": blocks.tokens.shape[1], "side": blocks.side}
-    return {"digest": blocks.digest, "count": len(blocks), "length": blocks.length, "side": blocks.side}
-
-
 def _open_on_all(
-    url: str | os.PathLike[str], sites: dict[str, int], origin: dict, dtype: str, facts: dict, batch_size: int, shard_blocks: int | None
+    url: str | os.PathLike[str], sites: dict[str, int], origin: dict, batch_size: int, shard_blocks: int | None
 ) -> tuple[ActivationStore, int]:
     """The store to fill and how many blocks each of its shards holds; process 0 makes it where there is none, the others open it then."""
     made: list[ActivationStore] = []
 
     def first() -> int:
-        store, per_shard = _open_or_create(url, sites, origin, dtype, facts, batch_size, shard_blocks)
+        store, per_shard = _open_or_create(url, sites, origin, batch_size, shard_blocks)
         made.append(store)
         return per_shard
 
@@ -246,9 +257,10 @@ def _open_on_all(
 
 
 def _open_or_create(
-    url: str | os.PathLike[str], sites: dict[str, int], origin: dict, dtype: str, facts: dict, batch_size: int, shard_blocks: int | None
+    url: str | os.PathLike[str], sites: dict[str, int], origin: dict, batch_size: int, shard_blocks: int | None
 ) -> tuple[ActivationStore, int]:
     shown, kv = manifest.open_location(url)
+    dtype, facts = origin["dtype"], origin["blocks"]
     if manifest.read_header(kv, shown) is None:
         shard_rows, chunk_rows = default_rows(sites, dtype)
         if shard_blocks is None:

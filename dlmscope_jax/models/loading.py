@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
+from dlmscope_jax.distributed import replicated
 from dlmscope_jax.errors import UserError
 
 from .families import Keys, family_of
@@ -140,7 +141,10 @@ def model_identity(model: Transformer, params: dict) -> str:
     Activations and dictionaries carry it, so that they are not used on another model by mistake.
     """
     digest = hashlib.sha256(repr((model.config.facts(), model.diffusion)).encode())
-    for path, leaf in jax.tree.leaves_with_path(_summary(params["params"])):
+    summary = _summary(params["params"])
+    if model.mesh is not None:  # small, and every process needs all of it
+        summary = jax.device_put(summary, replicated(model.mesh))
+    for path, leaf in jax.tree.leaves_with_path(summary):
         digest.update(jax.tree_util.keystr(path).encode())
         digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()[:16]

@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from .metrics import read_metrics
     from .progress import Progress
     from .schedules import learning_rate
+    from .sources import Growing
     from .spec import TrainSpec
     from .state import TrainState, estimate_scale, final_params, init_state, state_shardings
     from .step import make_step
 
 _HOMES = {
     "Checkpoints": "checkpoints",
+    "Growing": "sources",
     "Progress": "progress",
     "TrainSpec": "spec",
     "TrainState": "state",
@@ -34,6 +36,7 @@ _HOMES = {
 }
 __all__ = [
     "Checkpoints",
+    "Growing",
     "Progress",
     "TrainSpec",
     "TrainState",

@@ -1,20 +1,30 @@
-"""Where training rows come from: a store, arrays in memory, or anybody's iterator; all as batches by step."""
+"""Where training rows come from: a store, a model, arrays in memory, or anybody's iterator; all as batches by step."""
 
 import hashlib
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dlmscope_jax.activations import ActivationStore, BatchIterator
+from dlmscope_jax import distributed
+from dlmscope_jax.activations import ActivationStore, ActivationStream, BatchIterator
 from dlmscope_jax.errors import UserError
 
 from .spec import Select
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Any]  # site -> rows [B, D], on the host or on devices
 _HALF_BITS = 2
+
+
+class Growing(NamedTuple):
+    """A store that is still being written, as a source: its first epoch is read as it grows, and waits for what is not there yet.
+
+    Its order is not that of the finished store as a source, but the same whether it still grows or not (``batches(follow=True)``).
+    """
+
+    store: ActivationStore
 
 
 class Source:
@@ -31,7 +41,10 @@ class Source:
     fingerprint: str
 
     def batches(self, start_step: int, sites: list[str], process: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
-        """The batches from ``start_step`` on, ``{site: [B, D]}``; of several processes, ``(i, n)``, the i-th stretch [B / n, D] of each."""
+        """The batches from ``start_step`` on, ``{site: [B, D]}``; of several processes, ``(i, n)``, the i-th stretch [B / n, D] of each.
+
+        A source whose rows are on the devices gives whole batches, divided over the mesh's rows.
+        """
         raise NotImplementedError
 
     def site(self, wanted: str | None) -> str:
@@ -66,16 +79,20 @@ def open_source(source: Any, batch_size: int, seed: int, select: Select) -> Sour
     """Recognises a source.
 
     Args:
-      source: an ``ActivationStore``; an array [rows, D] or a mapping from sites to such arrays with equal numbers of rows;
-        or an iterable of batches [batch_size, D], or of mappings from sites to them.
+      source: an ``ActivationStore``, or ``Growing`` around one; an ``ActivationStream``; an array [rows, D] or a mapping from sites to
+        such arrays with equal numbers of rows; or an iterable of batches [batch_size, D], or of mappings from sites to them.
       batch_size, seed: of the order.
-      select: which rows of a store.
+      select: which rows of a store or a stream.
 
     Raises:
       UserError: something else, arrays that are empty, misshapen or not floats, fewer rows than one batch.
     """
     if isinstance(source, ActivationStore):
         return _StoreSource(source, batch_size, seed, select)
+    if isinstance(source, Growing):
+        return _GrowingSource(source.store, batch_size, seed, select)
+    if isinstance(source, ActivationStream):
+        return _StreamSource(source, batch_size, seed, select)
     if isinstance(source, str | bytes) or hasattr(source, "__fspath__"):
         raise UserError(f"train: {source!r} is a path: give the opened store, ActivationStore.open(...), or an array")
     if select != "all":
@@ -103,6 +120,37 @@ class _StoreSource(Source):
         batches = self.batches(0, list(sites))
         try:
             return _sample(batches, rows, batch_size, batches.steps_per_epoch)
+        finally:
+            batches.close()
+
+
+class _GrowingSource(_StoreSource):
+    def __init__(self, store: ActivationStore, batch_size: int, seed: int, select: Select):
+        super().__init__(store, batch_size, seed, select)
+        self.fingerprint = f"growing {store.identity}"  # its rows are not all there yet
+
+    def batches(self, start_step: int, sites: list[str], process: tuple[int, int] = (0, 1)) -> BatchIterator:
+        store = self._store
+        return store.batches(self._batch_size, self._seed, start_step, sites, self._select, columns=(), process=process, follow=True)
+
+
+class _StreamSource(Source):
+    """Its batches are on the devices of the stream's mesh, which is to be the training's."""
+
+    def __init__(self, stream: ActivationStream, batch_size: int, seed: int, select: Select):
+        self._stream, self._batch_size, self._seed, self._select = stream, batch_size, seed, select
+        self.sites, self.meta = stream.sites, stream.meta
+        self.fingerprint = stream.identity
+
+    def batches(self, start_step: int, sites: list[str], process: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
+        return self._stream.batches(self._batch_size, self._seed, start_step, sites, self._select)
+
+    def sample(self, rows: int, batch_size: int, sites: tuple[str, ...]) -> Batch:
+        """As above; these few rows are the only ones that leave the devices."""
+        batches = self._stream.batches(self._batch_size, self._seed, 0, sorted(set(sites)), self._select)
+        n = min(-(-rows // batch_size), batches.rows // batch_size)
+        try:
+            return _joined([distributed.to_host(batch) for batch in itertools.islice(batches, n)], rows)
         finally:
             batches.close()
 
