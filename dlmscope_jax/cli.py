@@ -88,10 +88,11 @@ def _refused(message: str, debug: bool) -> tuple[int, str]:
 
 def _tell_the_others(code: int, reason: str) -> None:
     """Ends this process of several after a failure, so that the others stop too; returns where it is alone."""
-    if code and _PROCESSES in sys.modules:  # what was never imported has joined nobody
-        if sys.exc_info()[0] is not None:
-            traceback.print_exc()
-        sys.modules[_PROCESSES].end(code, reason)
+    if not code or _PROCESSES not in sys.modules:  # what was never imported has joined nobody
+        return
+    if sys.exc_info()[0] is not None and sys.modules["jax"].process_count() > 1:
+        traceback.print_exc()  # which nobody else would
+    sys.modules[_PROCESSES].end(code, reason)
 
 
 def _run(arguments: list[str]) -> int:

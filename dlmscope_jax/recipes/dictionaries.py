@@ -23,7 +23,7 @@ _OF_DICTIONARY = (
 _OF_TRAINING = ("lr", "optimizer", "sparsity_warmup", "entropy_start", "k_start", "k_anneal_steps", "resample_every")
 _OF_RECIPE = (
     "steps", "select", "batch_size", "lr", "warmup_steps", "schedule", "decay_start", "optimizer", "betas", "eps", "clip", "dead_rows",
-    "ema", "normalize",
+    "ema", "normalize", "micro_batches",
 )  # fmt: skip
 _OF_LOSS = ("aux", "sparsity", "target_l0", "entropy", "covariance", "preactivation")
 

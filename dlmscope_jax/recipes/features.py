@@ -33,7 +33,7 @@ def record_features(work: Work, name: str, key: str, dictionary: Dictionary, inp
         return found, False
     store = ActivationStore.open(work.store_url(name, "test"))
     model, params = work.model(name)
-    names = work.blocks(name, "test").names
+    names = None if run.data.stream else work.blocks(name, "test").names
     with Progress(f"records {key}", total=2 * store.rows, unit="rows") as bar:
         counted = firing(dictionary, store, progress=bar.advance)
         records = collect_records(

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from dlmscope_jax import config
+from dlmscope_jax import config, distributed
 from dlmscope_jax.activations import ActivationStore, Corruption, rows_of
 from dlmscope_jax.activations import harvest as harvest_rows
+from dlmscope_jax.activations.layout import default_rows
 from dlmscope_jax.analysis import delta_losses
 from dlmscope_jax.analysis import evaluate as fidelity
+from dlmscope_jax.data import Blocks, StreamedBlocks
 from dlmscope_jax.dictionaries import load_dictionary
 from dlmscope_jax.errors import UserError
 from dlmscope_jax.models import canonical_site, model_identity, site_width
@@ -35,9 +38,10 @@ from .configs import Run
 from .dictionaries import Planned, planned
 from .features import record_features, steer_one
 from .table import trained
-from .work import SIDES, Work, say
+from .work import SIDES, Side, Work, say
 from .worlds import ROWS, describe_world, evaluate_world, harvest_world
 
+_PATIENCE = 600  # seconds that a training waits for the harvest to begin
 Dictionaries = dict[str, tuple[Any, Any, Any]]  # folder below dictionaries/ -> (spec, params, meta)
 
 
@@ -53,7 +57,8 @@ def train(run: Run) -> None:
     work = Work(run)
     for name in work.names:
         train_model(work, name)
-    print(trained(work.folder))
+    if distributed.is_first():
+        print(trained(work.folder))
 
 
 def evaluate(run: Run) -> None:
@@ -85,27 +90,40 @@ def harvest_model(work: Work, name: str) -> None:
     model, params = work.model(name)
     if not run.released:  # a mistake in the dictionaries shows now, not after the harvest
         planned(run, {site: site_width(site, model.config) for site in _sites(run)})
-    policy = wanted.policy if model.diffusion is not None else "clean"
-    corruption = Corruption(policy, wanted.low, wanted.high) if policy != "clean" else Corruption("clean")
+    corruption = _corruption(run, model)
     tokenizer = work.tokenizer(name)
     for side in SIDES:
-        if run.released and side == "train":
+        if side == "train" and (run.released or run.train.source == "model"):
             continue
         rows = wanted.train_rows if side == "train" else wanted.test_rows
         with work.stage(f"harvest {side} rows of", name) as stage:
-            blocks = work.some_blocks(name, side, rows, repeat=side == "train")
-            stage.rows = rows_of(blocks)
+            blocks = _blocks_to_harvest(work, name, side, rows)
+            stage.rows = rows_of(blocks) if isinstance(blocks, Blocks) else len(blocks) * blocks.length
             stage.reused = _is_complete(work, name, side)
             label = f"harvest {side} {work.labels[name]}"
-            bar = Progress(label, total=stage.rows, unit="rows")
-            with nullcontext() if stage.reused else bar:
+            # a process counts its own rows, and one of them shows how far it is
+            bar = Progress(label, total=stage.rows // jax.process_count(), unit="rows")
+            with nullcontext() if stage.reused or not distributed.is_first() else bar:
                 harvest_rows(
                     model, params, blocks, work.store_url(name, side), wanted.sites, corruption, seed=run.seed,
-                    batch_size=wanted.batch_size, progress=bar.advance, meta={"model": name, "tokenizer": tokenizer.digest},
+                    batch_size=wanted.batch_size, progress=bar.advance if distributed.is_first() else None,
+                    meta={"model": name, "tokenizer": tokenizer.digest}, dtype=wanted.dtype, mesh=work.mesh,
                 )  # fmt: skip
             if stage.reused:
                 say(f"{label}: {stage.rows:,} rows are there")
     _describe(work, name)
+
+
+def _blocks_to_harvest(work: Work, name: str, side: Side, rows: int) -> Blocks | StreamedBlocks:
+    """Blocks with so many rows: of the text in memory, or of a stream, whose windows are the shards of the store."""
+    repeat = side == "train"
+    if not work.run.data.stream:
+        return work.some_blocks(name, side, rows, repeat=repeat)
+    wanted, model = work.run.harvest, work.model(name)[0]
+    shard_rows, _ = default_rows({site: site_width(site, model.config) for site in _sites(work.run)}, wanted.dtype)
+    piece = max(1, wanted.batch_size // (1 if work.mesh is None else distributed.row_parts(work.mesh)))
+    window = max(1, shard_rows // work.run.data.block_length // piece) * piece
+    return work.stream(name, side, rows, window, repeat, work.store_url(name, side).parent / f"{side}-cursors")
 
 
 def train_model(work: Work, name: str) -> None:
@@ -113,15 +131,56 @@ def train_model(work: Work, name: str) -> None:
     run, recipe = work.run, work.run.train
     if run.released:
         raise UserError(f"released: {run.name} examines dictionaries that somebody else trained; there is nothing to train")
-    plans = _planned(work, name, ActivationStore.open(work.store_url(name, "train")))
+    widths, source = _source(work, name)
+    plans = planned(run, widths)
     specs = [plan.spec for plan in plans]
     with work.stage("train dictionaries of", name) as stage:
         stage.rows = recipe.steps * recipe.batch_size
         stage.reused = all((work.dictionaries(name) / spec.name / "config.json").is_file() for spec in specs)
-        store = ActivationStore.open(work.store_url(name, "train"))
         checkpoints = Checkpoints(recipe.checkpoint_every, recipe.keep, recipe.best)
-        with Progress(f"train {work.labels[name]}", total=recipe.steps, unit="steps") as bar:
-            train_dictionaries(specs, store, work.dictionaries(name), checkpoints=checkpoints, progress=bar)
+        bar = Progress(f"train {work.labels[name]}", total=recipe.steps, unit="steps")
+        with bar if distributed.is_first() else nullcontext():
+            train_dictionaries(
+                specs, source, work.dictionaries(name), checkpoints=checkpoints, progress=bar, mesh=work.mesh, parallel=run.mesh.parallel
+            )
+
+
+def _source(work: Work, name: str) -> tuple[dict[str, int], Any]:
+    """Where a model's training rows come from, and the widths of its sites."""
+    if work.run.train.source == "model":
+        return _stream(work, name)
+    url = work.store_url(name, "train")
+    store = _begun(url) if work.run.train.source == "growing" else ActivationStore.open(url)
+    return _site_widths(work, name, store), store
+
+
+def _begun(url: Path) -> ActivationStore:
+    """A store that another process is writing, once it has begun to; the trainer waits for its rows by itself."""
+    for waited in range(_PATIENCE):
+        try:
+            return ActivationStore.open(url, allow_incomplete=True)
+        except UserError:
+            if waited == 0:
+                say(f"train: waiting for the harvest to begin {url}")
+            time.sleep(1)
+    raise UserError(
+        f"train.source: growing, but nothing was harvested to {url} in {_PATIENCE} s: start dlmscope harvest with the same config"
+    )
+
+
+def _stream(work: Work, name: str) -> tuple[dict[str, int], Any]:
+    """A model's rows straight from its forward passes."""
+    from dlmscope_jax.activations.stream import ActivationStream
+
+    run = work.run
+    model, params = work.model(name)
+    sites = _sites(run)
+    blocks = work.some_blocks(name, "train", run.harvest.train_rows, repeat=True)
+    stream = ActivationStream(
+        model, params, blocks, sites, _corruption(run, model), seed=run.seed, batch_size=run.harvest.batch_size,
+        buffer_rows=run.train.buffer_rows, mesh=work.mesh,
+    )  # fmt: skip
+    return {site: site_width(site, model.config) for site in sites}, stream
 
 
 def evaluate_model(work: Work, name: str) -> None:
@@ -212,11 +271,23 @@ def dictionaries_of(work: Work, name: str) -> Dictionaries:
 
 def _planned(work: Work, name: str, store: ActivationStore) -> list[Planned]:
     """The dictionaries of a model or world, as its store has the sites."""
+    return planned(work.run, _site_widths(work, name, store))
+
+
+def _site_widths(work: Work, name: str, store: ActivationStore) -> dict[str, int]:
     sites = [ROWS] if work.world(name) is not None else _sites(work.run)
     for site in sites:
         if site not in store.sites:
             raise UserError(f"harvest.sites: {site} was not harvested from {name} in this run; there are {', '.join(store.sites)}")
-    return planned(work.run, {site: store.sites[site] for site in sites})
+    return {site: store.sites[site] for site in sites}
+
+
+def _corruption(run: Run, model: Any) -> Corruption:
+    """What a model does not see; an autoregressive one sees everything."""
+    wanted = run.harvest
+    if model.diffusion is None or wanted.policy == "clean":
+        return Corruption("clean")
+    return Corruption(wanted.policy, wanted.low, wanted.high)
 
 
 def _kinds(work: Work, name: str, found: Dictionaries, store: ActivationStore) -> dict[str, dict[str, Any]]:

@@ -41,7 +41,7 @@ def headline(folder: Path) -> str:
                 "-" if rate is None else "next token" if rate == 0 else f"rate {rate:g}",
             )
         )
-    return "\n\n".join(_aligned(table) for table in (lines, _recovered(folder)) if len(table) > 1)
+    return "\n\n".join(aligned(table) for table in (lines, _recovered(folder)) if len(table) > 1)
 
 
 def _recovered(folder: Path) -> list[tuple[str, ...]]:
@@ -82,10 +82,10 @@ def trained(folder: Path) -> str:
                 "-" if dead is None else f"{100 * dead:.1f} %",
             )
         )
-    return _aligned(lines)
+    return aligned(lines)
 
 
-def _aligned(lines: Sequence[tuple[str, ...]]) -> str:
+def aligned(lines: Sequence[tuple[str, ...]]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
 

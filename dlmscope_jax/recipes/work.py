@@ -1,6 +1,7 @@
 """A run at work: its folder, and the models, texts and results that the verbs share."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -14,13 +15,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dlmscope_jax import config
-from dlmscope_jax.data import Blocks, Document, Tokenizer, builtin_blocks, load_tokenizer, on_side, pack, read_documents
+from dlmscope_jax import config, distributed
+from dlmscope_jax.data import Blocks, Document, StreamedBlocks, Tokenizer, builtin_blocks, load_tokenizer, on_side, pack, read_documents
 from dlmscope_jax.data.worlds import World
 from dlmscope_jax.errors import UserError
 from dlmscope_jax.models import load_model, process_weights
 
 from .configs import Run
+from .meshes import mesh_of
 
 Side = Literal["train", "test"]
 SIDES: tuple[Side, ...] = ("train", "test")
@@ -42,6 +44,11 @@ class Work:
         self._blocks: dict[tuple[str, str], Blocks] = {}
         self._documents: list[Document] | None = None
 
+    @functools.cached_property
+    def mesh(self) -> Any:
+        """The devices that the work is divided over, None for one."""
+        return mesh_of(self.run.mesh)
+
     def store_url(self, name: str, side: str) -> Path:
         """Where the rows of a model's side lie."""
         return self.folder / "harvest" / self.labels[name] / side
@@ -62,7 +69,7 @@ class Work:
         """A language model and its parameters."""
         if self._model is None or self._model[0] != name:
             self._model = None  # let go of the last one before the next is read
-            model, params = load_model(name, dtype=self.run.dtype)
+            model, params = load_model(name, dtype=self.run.dtype, mesh=self.mesh)
             if self.run.weight_processing == "folded":
                 model, params = process_weights(model, params)
             self._model = (name, model, params)
@@ -75,12 +82,14 @@ class Work:
     def blocks(self, name: str, side: Side) -> Blocks:
         """All blocks of one side of the run's text, in a model's tokens."""
         tokenizer, data = self.tokenizer(name), self.run.data
+        if data.stream:
+            raise UserError(f"data.stream: {data.path} is never held as a whole, which this needs: set it to false")
         if (tokenizer.digest, side) not in self._blocks:
             if data.path == "builtin":
                 found = builtin_blocks(tokenizer, data.block_length, side)
             else:
                 if self._documents is None:
-                    self._documents = read_documents(data.path)
+                    self._documents = read_documents(data.path, data.text)
                 documents = on_side(self._documents, side)
                 if not documents:
                     count = len(self._documents)
@@ -90,7 +99,12 @@ class Work:
         return self._blocks[tokenizer.digest, side]
 
     def some_blocks(self, name: str, side: Side, rows: int, purpose: int = 0, repeat: bool = False) -> Blocks:
-        """A random choice of blocks with at least so many tokens; all of them where there are fewer and ``repeat`` is off."""
+        """A random choice of blocks with at least so many tokens; all of them where there are fewer and ``repeat`` is off.
+
+        Of a stream the first blocks of as many lanes as that takes.
+        """
+        if self.run.data.stream:
+            return _held(self.stream(name, side, rows, 1, repeat), purpose)
         blocks = self.blocks(name, side)
         order = np.random.default_rng([self.run.seed, SIDES.index(side), purpose]).permutation(len(blocks))
         real = (blocks.documents >= 0).sum(axis=1)[order]
@@ -98,6 +112,22 @@ class Work:
             order, real = np.concatenate([order, order]), np.concatenate([real, real])
         enough = int(np.searchsorted(np.cumsum(real), rows)) + 1
         return blocks.take(order[:enough])
+
+    def stream(self, name: str, side: Side, rows: int, window: int, repeat: bool, notes: Path | None = None) -> StreamedBlocks:
+        """Blocks with so many tokens, a window at a time.
+
+        Args:
+          name: the language model.
+          side: of the text.
+          rows: tokens.
+          window: blocks of a window.
+          repeat: whether text that has ended is read again; otherwise padding follows it.
+          notes: a folder for the cursors.
+        """
+        data, tokenizer = self.run.data, self.tokenizer(name)
+        return StreamedBlocks(
+            data.path, tokenizer, data.block_length, side, -(-rows // data.block_length), window, data.text, repeat, notes
+        )
 
     def read(self, kind: str, dictionary: str, inputs: Any) -> dict | None:
         """A result on disk, if it was measured from these inputs.
@@ -115,7 +145,9 @@ class Work:
         return found if found.get("inputs") == _stamp(inputs) else None
 
     def write(self, kind: str, dictionary: str, inputs: Any, result: dict) -> None:
-        """Keeps a result for ``read`` and for the report."""
+        """Keeps a result for ``read`` and for the report; of several processes, the first does."""
+        if not distributed.is_first():
+            return
         whole = {**result, "kind": kind, "dictionary": dictionary, "inputs": _stamp(inputs)}
         write_whole(self._result_path(kind, dictionary), json.dumps(whole))
 
@@ -134,8 +166,11 @@ class Work:
     def note(self, **entries: Any) -> None:
         """Adds to ``results/run.json``, the run's summary. Lists are of mappings, one for each ``name`` or ``stage``.
 
-        The configuration is written with it: once something was done as it says, not when a refused command begins.
+        The configuration is written with it: once something was done as it says, not when a refused command begins. Of several processes,
+        the first writes.
         """
+        if not distributed.is_first():
+            return
         write_whole(self.folder / "config.yaml", config.dump(self.run))
         path = self.folder / "results" / "run.json"
         summary: dict[str, Any] = {"kind": "run", "version": 1}
@@ -176,8 +211,19 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def say(text: str) -> None:
-    """A line of progress."""
-    print(text, file=sys.stderr, flush=True)
+    """A line of progress; of several processes, the first says it."""
+    if distributed.is_first():
+        print(text, file=sys.stderr, flush=True)
+
+
+def _held(stream: StreamedBlocks, purpose: int) -> Blocks:
+    """All blocks of a stream, with documents numbered as ``Blocks`` has them."""
+    first = purpose * len(stream)
+    parts = [stream.take(slice(at, at + 1)) for at in range(first, first + len(stream))]
+    tokens, numbers = (np.concatenate([getattr(part, field) for part in parts]) for field in ("tokens", "documents"))
+    known, places = np.unique(numbers, return_inverse=True)
+    places = places.reshape(numbers.shape).astype(np.int32) - int((known < 0).any())
+    return Blocks(tokens, places, tuple(f"document {number}" for number in known if number >= 0), stream.side)
 
 
 def _stamp(inputs: Any) -> str:

@@ -1,0 +1,421 @@
+"""``dlmscope plan``: what a run takes on devices that may not be here: memory, traffic between devices, time, and what to change.
+
+The programs are compiled for the devices with arrays that have a shape and nothing else. Of what the compiler says, memory alone is taken;
+arithmetic and traffic come from ``training.planning``, time from the makers' peaks (``training.chips``). A real run takes longer.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dlmscope_jax import distributed
+from dlmscope_jax.errors import UserError
+from dlmscope_jax.models import Transformer, canonical_site, init_params, parse_site, read_model, site_width
+from dlmscope_jax.models.sharding import partition_specs
+from dlmscope_jax.training import TrainSpec, init_state, make_step, planning
+from dlmscope_jax.training.chips import Chip, chip_of
+from dlmscope_jax.training.planning import Cost, Parts
+from dlmscope_jax.training.state import state_shardings
+
+from .configs import Run
+from .dictionaries import planned
+from .meshes import mesh_of
+from .table import aligned
+from .work import Work, say, write_whole
+from .worlds import ROWS
+
+_COLUMNS = 26  # bytes of a row's columns in a store
+_ITEM = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1}
+_ROOM = 0.95  # of a chip's memory may be taken: the rest is the runtime's
+
+
+@dataclasses.dataclass
+class Program:
+    """One program of a run on one device: bytes that it holds, and what a step costs.
+
+    Attributes:
+      name: what it is, in words.
+      parameters, optimiser, activations, temporary: bytes. Activations are what goes in and out apart from the state.
+      saving: bytes of the copy of the state from which a checkpoint is written while the next steps run.
+      cost: of a step.
+      rows: of a step, on all devices.
+      steps: of the run.
+    """
+
+    name: str
+    parameters: int
+    optimiser: int
+    activations: int
+    temporary: int
+    saving: int
+    cost: Cost
+    rows: float
+    steps: float
+
+    @property
+    def total(self) -> int:
+        """Bytes at most, while a checkpoint is written."""
+        return self.parameters + self.optimiser + self.activations + self.temporary + self.saving
+
+
+def plan(run: Run) -> dict[str, Any]:
+    """Prints what every program of a run takes on one device, and writes it to ``results/plan.json``.
+
+    Args:
+      run: ``topology`` names devices that are not here; empty are this machine's.
+
+    Raises:
+      UserError: an unknown topology, or no compiler for it; a mesh, batch or width that do not go together.
+    """
+    work = Work(run)
+    devices = devices_of(run.topology)
+    mesh = mesh_of(run.mesh, devices)
+    chip, parts = chip_of(devices[0].device_kind), parts_of(mesh)
+    found: dict[str, Any] = {
+        "kind": "plan", "version": 1, "topology": run.topology or "this machine", "devices": parts.devices,
+        "device": devices[0].device_kind, "chip": None if chip is None else dataclasses.asdict(chip),
+        "mesh": dataclasses.asdict(parts), "models": [],
+    }  # fmt: skip
+    print(_heading(run, devices[0], chip, parts))
+    for name in work.names:
+        programs = _programs(work, name, mesh or devices[0], parts, devices[0].platform)
+        limit = _ROOM * chip.memory if chip is not None else None
+        advice = [line for program in programs for line in _advice(work, name, program, parts, limit)] if limit else []
+        entry = {
+            "name": work.labels[name],
+            "programs": [_as_json(program, chip, limit) for program in programs],
+            "store_bytes": store_bytes(work, name),
+            "advice": advice,
+        }
+        found["models"].append(entry)
+        print(_shown(work, name, programs, chip, entry))
+    write_whole(work.folder / "results" / "plan.json", json.dumps(found, indent=1))
+    return found
+
+
+def devices_of(topology: str) -> list[Any]:
+    """The devices of a topology, or those of this machine.
+
+    Args:
+      topology: ``v5e:16x16``; ``v5e:16x16*2`` are two slices; empty: this machine.
+
+    Raises:
+      UserError: the TPU compiler is not installed, or does not know the topology.
+    """
+    if not topology:
+        return jax.devices()
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"topology: {topology} needs the TPU compiler, libtpu, which works on any machine: pip install 'dlmscope_jax[tpu]', "
+            "best into an environment of its own, then give the same command there"
+        )
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # it would ask the cloud's machine for what it is
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies
+
+    name, _, slices = topology.partition("*")
+    try:
+        more = {"num_slices": int(slices)} if slices else {}
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **more).devices)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"topology: {topology!r} is not known ({reason}): such as v5e:4x4, v5p:2x2x1, v6e:8x8, v5e:16x16*2") from None
+
+
+def parts_of(mesh: Mesh | None) -> Parts:
+    """The sizes of a mesh."""
+    return Parts() if mesh is None else Parts(mesh.shape["data"], mesh.shape["model"], mesh.shape.get("replica", 1))
+
+
+def specs_of(run: Run, widths: dict[str, int]) -> list[TrainSpec]:
+    """The trainings of a run on one model."""
+    return [one.spec for one in planned(run, widths)]
+
+
+def store_bytes(work: Work, name: str) -> int:
+    """What the rows of both sides take on disk."""
+    run, widths = work.run, _widths(work, name)
+    if run.train.source == "model":
+        rows = run.harvest.test_rows
+    else:
+        rows = run.harvest.train_rows + run.harvest.test_rows
+    dtype = "float32" if work.world(name) is not None else run.harvest.dtype
+    scales = 4 * len(widths) if dtype == "int8" else 0
+    return rows * (sum(widths.values()) * _ITEM[dtype] + scales + _COLUMNS)
+
+
+def _programs(work: Work, name: str, where: Any, parts: Parts, platform: str) -> list[Program]:
+    """The forward pass and the dictionary step of one model (or the latter of one world)."""
+    run = work.run
+    platform = {"gpu": "cuda"}.get(platform, platform)
+    found = []
+    if work.world(name) is None:
+        found.append(_harvest(work, name, where, parts, platform))
+    specs = [] if run.released else specs_of(run, _widths(work, name))
+    if specs:
+        found.append(_train(run, specs, where, parts, platform))
+    if specs and run.train.source == "model" and work.world(name) is None:
+        forward, step = found
+        found.append(_together(run, forward, step, _widths(work, name), parts))
+    return found
+
+
+def _harvest(work: Work, name: str, where: Any, parts: Parts, platform: str) -> Program:
+    run, model = work.run, network(work, name)
+    sites = tuple(sorted({canonical_site(site, model.config) for site in run.harvest.sites}))
+    batch, length = run.harvest.batch_size, run.data.block_length
+    if batch % parts.rows:
+        raise UserError(
+            f"harvest.batch_size = {batch} blocks do not divide into the mesh's {parts.rows} parts: use a multiple of {parts.rows}"
+        )
+    layers = max(parse_site(site, model.config)[1] + 1 for site in sites)
+    compiled = _compiled(f"harvest of {work.labels[name]}", lambda: _trace_forward(run, model, sites, where))
+    memory = compiled.memory_analysis()
+    params = _bytes_here(_abstract_params(model, where))
+    rows = run.harvest.test_rows + (0 if run.train.source == "model" else run.harvest.train_rows)
+    return Program(
+        f"harvest {work.labels[name]}", params, 0, memory.argument_size_in_bytes - params + 2 * memory.output_size_in_bytes,
+        memory.temp_size_in_bytes, 0, planning.forward_cost(model, batch, length, min(layers, model.config.n_layers), parts, platform),
+        batch * length, rows / (batch * length),
+    )  # fmt: skip
+
+
+def _train(run: Run, specs: list[TrainSpec], where: Any, parts: Parts, platform: str) -> Program:
+    if run.train.batch_size % (parts.rows * run.train.micro_batches):
+        raise UserError(
+            f"train.batch_size = {run.train.batch_size} rows do not divide into {parts.rows} parts of {run.train.micro_batches} "
+            f"micro-batches: use a multiple of {parts.rows * run.train.micro_batches}"
+        )
+    largest = max(specs, key=lambda spec: planning.step_memory(spec, parts))
+    compiled = _compiled(f"the step of {largest.name}, the largest of {len(specs)}", lambda: _trace_step(largest, where, run.mesh.parallel))
+    memory = compiled.memory_analysis()
+    states = [planning.state_bytes(spec, parts) for spec in specs]
+    params, optimiser = (sum(sizes) for sizes in zip(*states, strict=True))
+    costs = [planning.step_cost(spec, parts, platform) for spec in specs]
+    # rows of all sites that are read, of this batch and the one that is on its way
+    sites = {
+        site: width for spec in specs for site, width in ((spec.site, spec.dictionary.d_in), (spec.target, spec.dictionary.out)) if site
+    }
+    batch = 2 * run.train.batch_size // parts.rows * sum(sites.values()) * _ITEM[run.harvest.dtype]
+    shown = f"train {len(specs)} dictionaries" if len(specs) > 1 else "train 1 dictionary"
+    return Program(
+        shown, params, optimiser, batch, memory.temp_size_in_bytes, params + optimiser, _sum(costs), run.train.batch_size, run.train.steps
+    )
+
+
+def _together(run: Run, forward: Program, step: Program, widths: dict[str, int], parts: Parts) -> Program:
+    """Training straight from the model: both are there, and a buffer of rows."""
+    buffer = run.train.buffer_rows // parts.rows * sum(widths.values()) * 2
+    passes = run.train.batch_size / forward.rows / _share(run)
+    cost = _sum([step.cost, _scaled(forward.cost, passes)])
+    return Program(
+        "train from the model", forward.parameters + step.parameters, step.optimiser,
+        forward.activations + step.activations + buffer, max(forward.temporary, step.temporary), step.saving, cost, step.rows, step.steps,
+    )  # fmt: skip
+
+
+def _share(run: Run) -> float:
+    """The share of a diffusion model's rows that training uses."""
+    masked = (run.harvest.low + run.harvest.high) / 2 if run.harvest.policy != "clean" else 0.0
+    return {"all": 1.0, "masked": masked, "predicting": masked, "visible": 1 - masked}[run.train.select] or 1.0
+
+
+def network(work: Work, name: str) -> Transformer:
+    """The network of a model, from its ``config.json`` alone; of a hub id, only that file is fetched."""
+    if name.count("/") == 1 and "://" not in name and not Path(name).is_dir() and not name.startswith((".", "/", "~")):
+        import huggingface_hub
+
+        try:
+            name = str(Path(huggingface_hub.hf_hub_download(name, "config.json")).parent)
+        except Exception as error:  # the hub client raises many kinds; all mean the same to the user
+            raise UserError(
+                f"models: {name}: its config.json is not to be had from the hub ({str(error).splitlines()[0][:120]}): name a folder with it"
+            ) from error
+    return read_model(name, work.run.dtype)
+
+
+def _widths(work: Work, name: str) -> dict[str, int]:
+    world = work.world(name)
+    if world is not None:
+        return {ROWS: world.dimension}
+    config = network(work, name).config
+    return {canonical_site(site, config): site_width(canonical_site(site, config), config) for site in work.run.harvest.sites}
+
+
+def _compiled(what: str, trace: Callable[[], Any]) -> Any:
+    say(f"plan: compiling {what}; a minute or some")
+    started = time.monotonic()
+    try:
+        compiled = trace().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"plan: {what} does not fit, the compiler gave up ({reason[:160]}): use a smaller batch_size or a larger mesh.model"
+        ) from None
+    say(f"plan: compiled in {time.monotonic() - started:.0f} s")
+    return compiled
+
+
+def _trace_forward(run: Run, model: Transformer, sites: tuple[str, ...], where: Any) -> Any:
+    from dlmscope_jax.activations.forward import forward, key_words
+
+    model = model.clone(mesh=where if isinstance(where, Mesh) else None)
+    batch, length = run.harvest.batch_size, run.data.block_length
+    words = key_words(run.seed)
+    policy = run.harvest.policy if model.diffusion is not None else "clean"
+    return forward.trace(
+        model, _abstract_params(model, where), _placed(words, where), _rows(where, (batch, length), jnp.int32),
+        _rows(where, (batch, length), jnp.bool_), _rows(where, (batch,), jnp.int32), low=run.harvest.low, high=run.harvest.high,
+        sites=sites, policy=policy, padded=True, dtype="bfloat16" if run.harvest.dtype == "int8" else run.harvest.dtype,
+    ).lower(lowering_platforms=(_platform(where),))  # fmt: skip
+
+
+def _trace_step(spec: TrainSpec, where: Any, parallel: str | None) -> Any:
+    mesh = where if isinstance(where, Mesh) else None
+    state = jax.eval_shape(lambda: init_state(spec))
+    if mesh is None:
+        state = jax.tree.map(lambda leaf: _placed(leaf, where), state)
+    else:
+        state = jax.tree.map(lambda leaf, sharding: _struct(leaf, sharding), state, state_shardings(spec, mesh))
+    read = _rows(where, (spec.batch_size, spec.dictionary.d_in), jnp.bfloat16)
+    batch = (read, _rows(where, (spec.batch_size, spec.dictionary.out), jnp.bfloat16)) if spec.target else read
+    step: Any = make_step(spec, mesh)  # pmap divides the same way
+    return step.trace(state, batch).lower(lowering_platforms=(_platform(where),))
+
+
+def _abstract_params(model: Transformer, where: Any) -> Any:
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, model.dtype), params)
+    if not isinstance(where, Mesh):
+        return jax.tree.map(lambda leaf: _placed(leaf, where), params)
+    specs = {"params": partition_specs(params["params"], where)}
+    return jax.tree.map(lambda leaf, spec: _struct(leaf, NamedSharding(where, spec)), params, specs)
+
+
+def _placed(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
+    """Whole on every device of a mesh, or on one device."""
+    sharding = NamedSharding(where, PartitionSpec()) if isinstance(where, Mesh) else jax.sharding.SingleDeviceSharding(where)
+    return _struct(leaf, sharding)
+
+
+def _rows(where: Any, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """Divided as the rows of a batch are."""
+    leaf = jax.ShapeDtypeStruct(shape, dtype)
+    return _struct(leaf, distributed.row_sharding(where)) if isinstance(where, Mesh) else _placed(leaf, where)
+
+
+def _struct(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _platform(where: Any) -> str:
+    platform = (where.devices.flat[0] if isinstance(where, Mesh) else where).platform
+    return {"gpu": "cuda"}.get(platform, platform)
+
+
+def _bytes_here(tree: Any) -> int:
+    """Bytes of the part of a tree of placed shapes that one device holds."""
+    return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _sum(costs: list[Cost]) -> Cost:
+    """Of several programs; equal kinds of collectives are added up."""
+    together: dict[tuple, Any] = {}
+    for collective in (c for cost in costs for c in cost.collectives):
+        key = (collective.what, collective.op, collective.axis, collective.bytes)
+        before = together.get(key)
+        together[key] = collective if before is None else collective._replace(count=collective.count + before.count)
+    return Cost(sum(c.bfloat16 for c in costs), sum(c.float32 for c in costs), sum(c.bytes for c in costs), tuple(together.values()))
+
+
+def _scaled(cost: Cost, times: float) -> Cost:
+    collectives = tuple(c._replace(count=c.count * times) for c in cost.collectives)
+    return Cost(cost.bfloat16 * times, cost.float32 * times, cost.bytes * times, collectives)
+
+
+def _heading(run: Run, device: Any, chip: Chip | None, parts: Parts) -> str:
+    shape = " x ".join(f"{name} {getattr(parts, name)}" for name in ("replica", "data", "model") if name != "replica" or parts.replica > 1)
+    if chip is None:
+        return f"plan of {run.name}: {parts.devices} x {device.device_kind} (peaks not known: no times), mesh {shape}"
+    return (
+        f"plan of {run.name}: {parts.devices} x {chip.name} ({chip.memory / 1e9:.0f} GB, {chip.bfloat16 / 1e12:.0f} TFLOP/s bfloat16, "
+        f"{chip.float32 / 1e12:.0f} float32, {chip.bandwidth / 1e9:.0f} GB/s, rings of {chip.ring / 1e9:.0f} GB/s), mesh {shape}"
+    )
+
+
+def _shown(work: Work, name: str, programs: list[Program], chip: Chip | None, entry: dict[str, Any]) -> str:
+    """The tables of one model."""
+    gigabytes = lambda size: f"{size / 1e9:.2f}"  # noqa: E731
+    lines = [("GB on one device", "parameters", "optimiser", "activations", "temporary", "saving", "total", "fits")]
+    for program, told in zip(programs, entry["programs"], strict=True):
+        sizes = (program.parameters, program.optimiser, program.activations, program.temporary, program.saving, program.total)
+        lines.append((program.name, *map(gigabytes, sizes), {None: "-", True: "yes", False: "NO"}[told["fits"]]))
+    blocks = [aligned(lines)]
+    sent = [("sent by one device in a step", "as", "over", "times", "MB each")]
+    for program in programs[:2]:
+        for c in program.cost.collectives:
+            sent.append((f"{program.name}: {c.what}", c.op, f"{c.axis} ({c.parts})", f"{c.count:g}", f"{c.bytes / 1e6:.3f}"))
+    blocks += [aligned(sent)] if len(sent) > 1 else []
+    times = [("time at the makers' peaks", "TFLOP a step", "step", "rows/s", "steps", "in all")]
+    for program, told in zip(programs, entry["programs"], strict=True):
+        step, whole = told["step_seconds"], told["seconds"]
+        times.append(
+            (
+                program.name,
+                f"{program.cost.flops / 1e12:.3g}",
+                "-" if step is None else _duration(step),
+                "-" if step is None else f"{program.rows / step:,.0f}",
+                f"{program.steps:,.0f}",
+                "-" if whole is None else _duration(whole),
+            )
+        )
+    blocks.append(aligned(times))
+    blocks.append(f"store of {work.labels[name]}: {entry['store_bytes'] / 1e12:.3g} TB")
+    blocks += entry["advice"]
+    return "\n" + "\n\n".join(blocks)
+
+
+def _as_json(program: Program, chip: Chip | None, limit: float | None) -> dict[str, Any]:
+    step = None if chip is None else program.cost.seconds(chip)
+    return {
+        "program": program.name,
+        "bytes": {name: getattr(program, name) for name in ("parameters", "optimiser", "activations", "temporary", "saving", "total")},
+        "fits": None if limit is None else program.total <= limit,
+        "flops": program.cost.flops, "traffic_bytes": program.cost.bytes, "sent_bytes": program.cost.sent,
+        "collectives": [c._asdict() for c in program.cost.collectives], "rows": program.rows, "steps": program.steps,
+        "step_seconds": step, "seconds": None if step is None else step * program.steps,
+    }  # fmt: skip
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return f"{1e3 * seconds:.3g} ms"
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
+
+
+def _advice(work: Work, name: str, program: Program, parts: Parts, limit: float) -> list[str]:
+    """What to change where a program does not fit: the first changes that alone, or else together, make it fit by the formulas."""
+    if program.total <= limit:
+        return []
+    from .advice import changes
+
+    found = changes(work.run, None if work.world(name) is not None else network(work, name), _widths(work, name), program, parts, limit)
+    over = f"{program.name} does not fit: {program.total / 1e9:.1f} of {limit / 1e9:.1f} GB that may be taken"
+    if not found:
+        return [f"{over}, and nothing that was tried is enough: use more devices"]
+    return [f"{over}. It would with {' or with '.join(found)}"]
