@@ -70,6 +70,7 @@ def script(name: str):
     return module
 
 
+@pytest.mark.slow
 def test_training_script_resumes_where_it_was_stopped(tmp_path, monkeypatch):
     train = script("train_pocket")
     small = lambda tokenizer, length, side: builtin_blocks(tokenizer, length, side).take(slice(0, 16))  # noqa: E731

@@ -9,11 +9,14 @@ import pytest
 SCRIPTS = sorted((Path(__file__).resolve().parent.parent / "scripts" / "tutorials").glob("*.py"))
 
 
+LONG = ("read_features", "steer_denoising")
+
+
 def test_there_are_four():
     assert [p.stem for p in SCRIPTS] == ["own_activations", "read_features", "released_dictionary", "steer_denoising"]
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [pytest.param(p, marks=[pytest.mark.slow] * (p.stem in LONG), id=p.stem) for p in SCRIPTS])
 def test_a_tutorial_runs(path, tmp_path):
     done = subprocess.run([sys.executable, str(path)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -39,6 +39,7 @@ def grid(blocks, column, fill):
     return found
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("kind", ["dlm", "shifted"])
 def test_rows_are_what_the_model_computes_on_what_the_columns_say(tmp_path, blocks, kind):
     model, params = tiny_model(kind)

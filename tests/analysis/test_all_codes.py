@@ -36,6 +36,7 @@ def store_of(path, x, y=None, **columns):
     return store.finish()
 
 
+@pytest.mark.slow
 def test_a_transcoder_is_inserted_where_it_writes(tiny):
     """The loss is that of the whole model with the edit that reads ``mlp_in`` and replaces ``mlp_out``."""
     model, params = tiny.model("ar")
@@ -100,6 +101,7 @@ def test_the_untrained_dictionary_has_the_units_of_the_rows(spec):
     np.testing.assert_allclose(made(*scales), scales[1] * made(1.0, 1.0), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("scale", [1.0, 50.0])
 @pytest.mark.parametrize("fields", [{}, {"d_out": 6}, {"row_norm": "layer_norm"}])
 def test_the_untrained_batch_topk_has_about_k_active_latents(scale, fields):

@@ -45,6 +45,7 @@ def direct(model, params, rate_batches, edits):
     return np.mean(found)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(("kind", "site"), [("dlm", "resid_post@1"), ("dream", "mlp_out@1"), ("ar", "resid_post@2")])
 def test_a_perfect_dictionary_loses_exactly_nothing(tiny, kind, site):
     model, params = tiny.model(kind)
@@ -59,6 +60,7 @@ def test_a_perfect_dictionary_loses_exactly_nothing(tiny, kind, site):
     assert value(result, "zero", "delta") != 0
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize(
     ("kind", "site"),
     [

@@ -144,6 +144,7 @@ def test_only_steps_that_ran_are_counted(tiny):
     assert got["relative_size"] == pytest.approx([0.05] * 3, rel=1e-2) and got["dose"] == pytest.approx(0.15, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_an_autoregressive_step_has_nothing_where_no_token_is_yet(tiny):
     model, params = tiny.model("ar")
     dictionary, prompt, sampler = tiny.topk(SITE), jnp.asarray([[0, 5, 6]]), ARSampler(max_new_tokens=4, stop_ids=())
@@ -157,6 +158,7 @@ def test_an_autoregressive_step_has_nothing_where_no_token_is_yet(tiny):
     assert steered_generation(model, params, prompt, sampler, unread, dictionary, 5)["relative_size"] == [0.0] * 4
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize(
     ("sampler", "ran"),
     [

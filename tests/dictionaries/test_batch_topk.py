@@ -122,6 +122,7 @@ def test_afterwards_the_threshold_decides_strictly():
     assert int(codes.count().sum()) == 29  # the entry that equals the threshold is not active
 
 
+@pytest.mark.some(6)
 @pytest.mark.parametrize("n_dead", [None, pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 9])
 @pytest.mark.parametrize("spec", VARIANTS.values(), ids=VARIANTS)
 def test_loss_and_gradient_equal_the_definition(spec, n_dead):

@@ -84,6 +84,7 @@ CASES = {
 }
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("spec", CASES.values(), ids=CASES)
 def test_loss_and_gradient_equal_the_definition(spec):
     params, target = random_params(spec), draw(10, B, spec.out) if spec.transcoder else X

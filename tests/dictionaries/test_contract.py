@@ -67,6 +67,7 @@ def close(got, want, rtol=3e-5, atol=1e-5):
 # --- parameters
 
 
+@pytest.mark.some(10)
 @every_architecture
 @every_form
 def test_init(architecture, form):
@@ -173,6 +174,7 @@ def test_low_precision_rows(architecture):
 # --- losses
 
 
+@pytest.mark.some(10)
 @every_architecture
 @pytest.mark.parametrize("form", ["autoencoder", "skip transcoder", pytest.param("normed skip transcoder", marks=slow)])
 def test_loss(architecture, form):

@@ -56,6 +56,7 @@ def plain_terms(spec, params, x, target, frozen=None):
     }
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_loss_and_gradient_equal_plain_autodiff(variant):
     spec = Gated(D, N, **VARIANTS[variant])

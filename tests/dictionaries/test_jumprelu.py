@@ -147,6 +147,7 @@ def plain_loss(spec, params, x, target, settings, c=4.0):
     return sum(terms.values()), terms
 
 
+@pytest.mark.some(5)
 @pytest.mark.parametrize("penalty", ["step", "target", "tanh"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_loss_and_gradient_equal_plain_autodiff(penalty, variant):

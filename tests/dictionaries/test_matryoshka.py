@@ -62,6 +62,7 @@ def pair(spec):
     return (X, X) if spec.d_out is None else (X, TARGET)
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("n_dead", [None, 2, 9])
 @pytest.mark.parametrize("spec", VARIANTS.values(), ids=VARIANTS)
 def test_loss_and_gradient_equal_the_definition(spec, n_dead):

@@ -80,6 +80,7 @@ def plain_loss(spec, params, x, target, dead, settings, wrong_residual=False):
     return sum(terms.values()), terms
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize(
     "recipe, variant",
     [(recipe, variant) for recipe in RECIPES for variant in VARIANTS if variant in ("autoencoder", "skip transcoder") or "," in recipe],

@@ -92,6 +92,7 @@ def test_negative_preactivations_are_cut_after_the_selection():
     close(SPEC.decode(params, codes), jnp.tile(params["b_dec"], (B, 1)))
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize(
     ("n_dead", "room"),
     [(0, 512), (2, 512), (4, 512), (9, 512), (4, 1), (5, 1), (6, 1), (7, 1)],
@@ -406,6 +407,7 @@ SMALLER = {
 }
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("spec", SMALLER.values(), ids=SMALLER)
 def test_a_smaller_k_now_is_that_dictionary_exactly(spec):
     params = {**random_params(spec), "b_enc": random_params(spec)["b_enc"] - 1.0}

@@ -24,6 +24,7 @@ def assert_same(a, b, atol=2e-5):
     np.testing.assert_allclose(a.confidence, b.confidence, atol=atol)
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize(
     ("padded", "positions"),
     [(True, "rotary"), (True, "learned"), *(pytest.param(False, name, marks=pytest.mark.slow) for name in ("rotary", "learned"))],
@@ -77,6 +78,7 @@ BLOCKS = [(shift, sub, threshold, factor) for shift in (False, True) for sub in 
 DEFAULT = (BLOCKS[0], BLOCKS[-1])  # each value of each option in one of the two; the others with --full
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("shift, sub, threshold, factor", [b if b in DEFAULT else pytest.param(*b, marks=pytest.mark.slow) for b in BLOCKS])
 def test_block_cache_is_exact(tiny, shift, sub, threshold, factor):
     """Prompts of every length modulo the block, with padding, against the same sampler on the whole text."""
@@ -102,6 +104,7 @@ def test_block_cache_is_exact(tiny, shift, sub, threshold, factor):
     np.testing.assert_allclose(cached.taps["resid_post"][1][ran][0, :12], final.taps["resid_post"][1][0, :12], atol=5e-5)
 
 
+@pytest.mark.slow
 def test_a_row_alone_and_in_company_with_a_block_cache(tiny):
     model, params = tiny.network("block_causal", shift=True, block_length=4)
     prompt, keep = tiny.prompts(3, 9), jnp.arange(9)[None] >= jnp.array([[0], [2], [5]])
@@ -156,6 +159,7 @@ def reference_dual(model, params, prompt, sampler, shift):
     return row, passes
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("shift, factor", [(False, 1.2), (True, None)])
 def test_dual_cache_is_the_published_approximation(tiny, shift, factor):
     model, params = tiny.network("bidirectional", shift=shift, seed=1)
@@ -189,6 +193,7 @@ def test_dual_cache_without_anything_outside_the_block_is_exact(tiny):
     np.testing.assert_allclose(plain.taps["z"][1], dual.taps["z"][1], atol=2e-5)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("given", [0, 3])
 def test_a_block_cache_without_a_block_to_begin_with(tiny, given):
     model, params = tiny.network("block_causal", shift=False, block_length=4, positions="learned")
@@ -308,6 +313,7 @@ def test_stops_with_a_cache(tiny):
             np.testing.assert_allclose(tap[:end, row], whole[:end, row], atol=2e-5)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("cache, attention", [("dual", "bidirectional"), ("blocks", "block_causal")])
 def test_temperature_with_a_cache(tiny, cache, attention):
     model, params = tiny.network(attention, shift=True, block_length=4 if cache == "blocks" else None)

@@ -36,6 +36,7 @@ CASES = {
 }
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("kind", CASES)
 def test_trace_is_consistent(kind):
     """Every entry of the trace follows from the others and from one forward pass on what was read."""
@@ -66,6 +67,7 @@ def test_trace_is_consistent(kind):
         assert not np.asarray(trace.taps["resid_post"][1][s][:, known:]).any()
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("kind", CASES)
 def test_padded_rows_equal_rows_alone(kind):
     model, params = _transformer(kind)
@@ -110,6 +112,7 @@ def test_transformer_compiles_once():
     assert _loop._cache_size() == before + 1
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("positions", ["all", "prompt", "response", "masked", "just_committed", "masked_prev"])
 def test_positions_are_resolved_every_step(stubs, positions):
     model = stubs.llada

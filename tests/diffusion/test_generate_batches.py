@@ -42,6 +42,7 @@ def network(tiny):
     return make
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize(
     "family, sampler",
     [
@@ -66,6 +67,7 @@ def test_padded_rows_equal_rows_alone(network, family, sampler):
     np.testing.assert_allclose(together.confidence[1, 3:], alone.confidence[0], atol=2e-5)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("family, sampler", [("mdlm", MDLMSampler(4, 8)), ("diffugpt", DiffuGPTSampler(4, 8))], ids=["mdlm", "diffugpt"])
 def test_more_padding_changes_nothing(network, family, sampler):
     """For samplers that draw: the draws are those of as many rows and new tokens, however far the prompts are padded."""
@@ -98,6 +100,7 @@ STOPPING = [
 ]
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("family, sampler", STOPPING, ids=lambda value: value if isinstance(value, str) else type(value).__name__)
 def test_stops_when_every_row_is_done(network, family, sampler):
     model, params = network(family)
@@ -111,6 +114,7 @@ def test_stops_when_every_row_is_done(network, family, sampler):
     assert (taps[:ran] != 0).any(axis=(2, 3)).all() and (taps[ran:] == 0).all()
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize(
     "family, sampler",
     [

@@ -145,6 +145,7 @@ LLADA = [
 ]
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("sampler, masks", LLADA, ids=lambda value: str(value).replace("LLaDASampler", ""))
 def test_llada_token_for_token(stubs, ref, sampler, masks):
     model = stubs.llada
@@ -191,6 +192,7 @@ DREAM = [
 ]
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("sampler, masks", DREAM, ids=lambda value: str(value).replace("DreamSampler", ""))
 def test_dream_token_for_token(stubs, ref, sampler, masks):
     model = stubs.dream

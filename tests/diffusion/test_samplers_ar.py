@@ -46,6 +46,7 @@ CASES = [
 ]
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("sampler", CASES, ids=str)
 def test_token_for_token(stubs, ref, sampler):
     model, stopped = stubs.ar, 0

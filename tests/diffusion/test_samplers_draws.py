@@ -89,6 +89,7 @@ TOKENS = [
 ]
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("sampler, probabilities", TOKENS, ids=lambda value: str(value) if not isinstance(value, np.ndarray) else "")
 def test_tokens(sampler, probabilities):
     """Single tokens, and pairs of neighbours: the positions of a row are independent."""
@@ -106,6 +107,7 @@ def test_tokens(sampler, probabilities):
     fits(counts[pairs], np.outer(probabilities, probabilities)[pairs])
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     "sampler, stay",
     [

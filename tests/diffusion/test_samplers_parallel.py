@@ -75,6 +75,7 @@ CASES = [
 ]
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("sampler, masks, shift", CASES, ids=lambda value: str(value).replace("ParallelSampler", ""))
 def test_token_for_token(stubs, ref, sampler, masks, shift):
     model = stubs.dream if shift else stubs.llada

@@ -75,6 +75,7 @@ MDLM = [
 ]
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("sampler, masks", MDLM, ids=str)
 def test_mdlm_token_for_token(stubs, ref, sampler, masks):
     model = stubs.llada
@@ -91,6 +92,7 @@ def test_mdlm_token_for_token(stubs, ref, sampler, masks):
             assert not (trace.tokens == MASK).any()
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("steps, rows", [(30, 1), (30, 4)])
 def test_cached_steps_run_no_forward_pass(stubs, ref, steps, rows):
     """The same text; a pass runs where something is masked and, but for the first step, the step before changed a token."""
@@ -111,6 +113,7 @@ def test_cached_steps_run_no_forward_pass(stubs, ref, steps, rows):
     assert skipped > 20
 
 
+@pytest.mark.slow
 def test_what_keeps_a_cached_step_from_being_skipped(stubs, ref):
     """Collected steps run, and edits that change from step to step forbid reuse; others do not."""
     model, prompt = stubs.llada, ref.prompts(0, 1, LENGTH)[0]
@@ -148,6 +151,7 @@ DIFFUGPT = [
 ]
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("sampler, masks", DIFFUGPT, ids=str)
 def test_diffugpt_token_for_token(stubs, ref, sampler, masks):
     model, never = stubs.new(diffusion=stubs.dream.diffusion), -100.0 * (np.arange(23) == MASK)

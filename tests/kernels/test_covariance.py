@@ -22,6 +22,7 @@ def closed_form(codes):
     return np.abs(c).sum(), 2 / (n - 1) * centred @ np.where(np.abs(c) < 1e-12, 0.0, np.sign(c))
 
 
+@pytest.mark.some(6)
 @pytest.mark.parametrize(
     ("n", "width", "block"),
     [(32, 48, 16), (37, 48, 16), (32, 50, 16), (37, 61, 8), (5, 7, 512), (64, 33, 33), (9, 40, 20), (2, 12, 4), (40, 5, 1)],

@@ -49,6 +49,7 @@ def rows_of(shape, k):
     }
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_topk_equals_lax_top_k(compiled, case):
     shape, k, dtype = case
@@ -101,6 +102,7 @@ ARGUMENTS = {
 }
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize(("op", "dtype"), [*((op, "float32") for op in ARGUMENTS), ("dots", "bfloat16"), ("outer", "bfloat16")])
 def test_sparse_products(case, op, dtype):
     cast = {name: a.astype(dtype) if name in ("weight", "x") else a for name, a in case.items()}

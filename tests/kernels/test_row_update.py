@@ -54,6 +54,7 @@ def small_blocks(monkeypatch):
     dispatch._program.cache_clear()
 
 
+@pytest.mark.some(8)
 @pytest.mark.parametrize("unit", [False, True])
 @pytest.mark.parametrize("n,d", [(1, 1), (3, 7), (16, 10), (17, 10), (50, 8), (33, 41)])
 @pytest.mark.parametrize("name", CPU)

@@ -28,6 +28,7 @@ def agrees(got, want, rtol=2e-5, atol=2e-5):
     np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=rtol, atol=atol)
 
 
+@pytest.mark.some(12)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("op", OPS)
 def test_every_case(op, name):
@@ -78,6 +79,7 @@ def test_what_is_not_finite_stays_with_its_pairs(indices, values, weight, rows):
 RUN = {(op, name): jitted(op, name) for op in OPS for name in NAMES}
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("op", OPS)
 def test_equal_runs_are_equal_in_every_bit(op):
     one = case(60, 5, 9, 7, distinct=False)

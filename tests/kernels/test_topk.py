@@ -31,6 +31,7 @@ def test_every_implementation_is_held_against_the_definition():
     assert set(conformance.TOPK) == set(IMPLEMENTATIONS)
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=15, deadline=None)
 @given(case=st.sampled_from([(3, 97, 4), (2, 250, 16)]), seed=st.integers(0, 2**31), kind=st.sampled_from(conformance.KINDS))
@@ -66,6 +67,7 @@ def test_double_precision(name):
         assert indices.dtype == jnp.int32
 
 
+@pytest.mark.some(10)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("n_rows", "width", "k"), [(2, 1, 1), (1, 200, 1), (2, 33, 33), (1, 70, 69)])
 def test_one_winner_and_all_of_them(name, n_rows, width, k):

@@ -59,6 +59,7 @@ def large(name):
 NAMES = ["normal", "negative", "few positive", "two values", "one value", "one row holds all", "misleading sample"]
 
 
+@pytest.mark.some(7)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("count", [1, 1400, 40_000])
 def test_large_batches(name, count):

@@ -162,6 +162,7 @@ SHARDED = """
 """
 
 
+@pytest.mark.slow
 def test_across_shards_with_one_sum_a_digit(run_with_devices):
     """Rows divided, latents divided, and both: the same entries as on one device; selections of rows and batches work on a shard."""
     assert run_with_devices(SHARDED, 4).split("\n")[-2] == "{'all-reduce'} 8 480"

@@ -75,6 +75,7 @@ def sighted(seen):
     return seen.any(-1)
 
 
+@pytest.mark.some(20)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("window", [None, 4], ids=["far", "window"])
@@ -94,6 +95,7 @@ def test_equals_the_reference(rule, padded, window, softcap, n_kv_heads):
     assert np.isfinite(got).all()
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("rule,padded,window,softcap", [
     ("causal", False, None, None), ("bidirectional", True, None, 3.0), ("block_causal", True, None, None), ("causal", True, 300, 3.0),
 ])  # fmt: skip
@@ -125,6 +127,7 @@ def test_the_order_of_positions_is_what_counts():
     np.testing.assert_allclose(attend(q, k, v, see, 1.0, None, HIGHEST), want, atol=3e-6)
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("rule,padded,softcap", [("causal", False, None), ("bidirectional", True, 3.0)])
 @pytest.mark.parametrize("length", [24, 1100])
 def test_gradients_equal_those_of_the_whole_pattern(rule, padded, softcap, length):
@@ -206,6 +209,7 @@ def masked(rng, batch, length, rule, padded):
     return see, seen, keep
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("padded,softcap", [(False, None), (True, 2.0)])
 def test_splash_equals_the_reference(rule, padded, softcap):

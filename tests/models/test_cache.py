@@ -44,6 +44,7 @@ def bench_of(name):
     return Bench(name)
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("name", CAUSAL)
 @pytest.mark.parametrize("chunks", [pytest.param((1,) * LENGTH, marks=pytest.mark.slow), (5, 1, 6)])
 def test_causal_by_tokens_and_by_chunks(name, chunks):
@@ -53,6 +54,7 @@ def test_causal_by_tokens_and_by_chunks(name, chunks):
     np.testing.assert_array_equal(cache.position, np.broadcast_to(np.arange(LENGTH), (BATCH, LENGTH)))
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("name", CAUSAL)
 def test_rows_of_unequal_length(name):
     """Left padding in a first pass, then tokens one by one, against each row alone and without padding."""
@@ -105,6 +107,7 @@ def test_a_block_is_read_again_until_it_is_done():
     close(bench.step(bench.tokens[:, 8:], cache, 8)[0], bench.full[:, 8:])
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("name", ["mdlm", "dream"])
 def test_bidirectional_window_between_what_was_read_before(name):
     """Fast-dLLM's dual cache: one pass over everything, then a window in the middle, exact while nothing changed."""

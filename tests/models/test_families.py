@@ -36,6 +36,7 @@ def moved(model, params, position):
     return np.abs(np.asarray(logits(params, TOKENS)) - np.asarray(logits(params, other))).max((0, 2))
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("family", ["sdar", "fast_dllm_qwen"])
 @pytest.mark.parametrize(("position", "block"), [(0, 0), (3, 0), (4, 4), (7, 4), (10, 8)])
 def test_a_token_is_heard_in_its_own_block_and_later_ones(family, position, block):
@@ -43,6 +44,7 @@ def test_a_token_is_heard_in_its_own_block_and_later_ones(family, position, bloc
     assert (change[:block] == 0).all() and (change[block:] > 1e-4).all()
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("family", ["dream", "a2d-qwen3", "a2d-qwen2", "illada", "mdlm", "llada"])
 def test_every_token_is_heard_everywhere(family):
     assert (moved(*model_of(family), 10) > 1e-4).all()

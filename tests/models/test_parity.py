@@ -265,11 +265,13 @@ SLOW = [(family, name) for family, name in CASES if family not in DEFAULT.get(na
 MARKED = [pytest.param(*case, marks=pytest.mark.slow) if case in SLOW else case for case in CASES]
 
 
+@pytest.mark.some(32)
 @pytest.mark.parametrize(("family", "name"), MARKED)
 def test_parity(family: str, name: str, tmp_path: Path) -> None:
     PROPERTIES[name].check(family, tmp_path)
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants(variant: str, tmp_path: Path) -> None:
     for name in ("logits", "sites", "round trip"):

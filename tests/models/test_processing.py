@@ -38,6 +38,7 @@ def centred(x, axis=-1):
     return x - x.mean(axis=axis, keepdims=True)
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("name", MARKED)
 def test_probabilities_stay_and_logits_are_centred(name):
     (raw, _, logits, _), (model, _, folded, _) = pair_of(name)
@@ -133,6 +134,7 @@ def test_the_weights_themselves(name):
             np.testing.assert_array_equal(blocks[kept], raw["params"]["blocks"][kept])
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("name", MARKED)
 def test_the_folded_network_is_a_network(name):
     """Its parameters are those that its configuration asks for, in the raw ones' dtype, and can be laid out on a mesh."""

@@ -112,6 +112,7 @@ def test_which_sites_a_network_has(name):
     assert set(sites_of(NETWORKS[name])) == EVERYWHERE | SOMEWHERE[name]
 
 
+@pytest.mark.some(2)
 def test_every_site_can_be_collected(bench):
     logits, taps = bench.clean
     assert logits.shape == (BATCH, LENGTH, 97) and set(taps) == set(bench.names)
@@ -180,6 +181,7 @@ def test_setting_a_site_to_another_value_changes_the_logits(bench):
             np.testing.assert_array_equal(after[name][0], taps[name][0], err_msg=name)
 
 
+@pytest.mark.some(2)
 def test_no_strength_no_positions_and_no_such_layer_leave_the_bits(bench):
     """Bit for bit what edits give that no layer reaches, and what the program without edits gives.
 
@@ -366,6 +368,7 @@ def test_what_is_not_asked_for_leaves_the_program_as_it_is(bench):
     assert text(collect=(), edits=()) == text() != text(collect=("z@1",))
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize(("kind", "site", "read"), [
     ("replace_by_dictionary", "z", None), ("clamp_code", "z", None), ("ablate_code", "q", None),
     ("replace_by_dictionary", "z", "attn_in"), ("replace_by_dictionary", "attn_out", "z"),

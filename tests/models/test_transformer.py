@@ -21,6 +21,7 @@ def taps_of(model, params, tokens, site, **kwargs):
     return model.apply(params, tokens, logits=False, collect=(site,), **kwargs).taps[name][layer]
 
 
+@pytest.mark.some(1)
 def test_both_forms_of_the_linear_maps_have_the_same_gradients(model_and_params, tokens):
     model, params = model_and_params
     loss = lambda model: lambda p: jax.nn.logsumexp(model.apply(p, tokens).logits, axis=-1).mean()  # noqa: E731
@@ -65,6 +66,7 @@ def test_positions_asked_for(model_and_params, tokens):
     assert model.apply(params, tokens, logits=False).logits is None
 
 
+@pytest.mark.some(2)
 def test_nothing_past_the_last_tap_is_computed(model_and_params, tokens):
     model, params = model_and_params
     broken = jax.tree.map(lambda x: x, params)
@@ -74,6 +76,7 @@ def test_nothing_past_the_last_tap_is_computed(model_and_params, tokens):
     np.testing.assert_allclose(tap, model.apply(params, tokens, collect=("resid_post@1",)).taps["resid_post"][1], atol=1e-6)
 
 
+@pytest.mark.some(2)
 def test_prefix_and_whole_agree(model_and_params, tokens):
     """The two ways of reading the stacked weights (indexed for a prefix, scanned for all) give the same values."""
     model, params = model_and_params
@@ -96,6 +99,7 @@ def test_only_differences_of_positions_matter(model_and_params, tokens):
     np.testing.assert_allclose(a, b, atol=2e-4)
 
 
+@pytest.mark.some(2)
 def test_add_set_scale_project(model_and_params, tokens):
     model, params = model_and_params
     clean = taps_of(model, params, tokens, "resid_post@1")
@@ -111,6 +115,7 @@ def test_add_set_scale_project(model_and_params, tokens):
     np.testing.assert_allclose(edited("add", "resid_post@2", direction), clean, atol=0)
 
 
+@pytest.mark.some(2)
 def test_mask_confines_an_edit(model_and_params, tokens):
     model, params = model_and_params
     where = jnp.zeros(tokens.shape, bool).at[1, 4].set(True)
@@ -119,6 +124,7 @@ def test_mask_confines_an_edit(model_and_params, tokens):
     np.testing.assert_allclose(out - clean, jnp.zeros_like(clean).at[1, 4].set(1.0), atol=1e-5)
 
 
+@pytest.mark.some(2)
 def test_dictionary_edits_keep_or_drop_the_error(model_and_params, tokens, dictionary):
     model, params = model_and_params
     spec, weights = dictionary
@@ -133,6 +139,7 @@ def test_dictionary_edits_keep_or_drop_the_error(model_and_params, tokens, dicti
     np.testing.assert_allclose(edited("ablate_code", latent=2), clean - codes.latent(2)[..., None] * spec.direction(weights, 2), atol=1e-5)
 
 
+@pytest.mark.some(2)
 def test_transcoder_reads_one_site_and_writes_another(model_and_params, tokens, dictionary):
     model, params = model_and_params
     spec, weights = dictionary
@@ -142,6 +149,7 @@ def test_transcoder_reads_one_site_and_writes_another(model_and_params, tokens, 
     np.testing.assert_allclose(written, spec.decode(weights, spec.encode(weights, read)), atol=1e-5)
 
 
+@pytest.mark.some(2)
 def test_new_values_layers_masks_and_strengths_do_not_retrace(model_and_params, tokens):
     model, params = model_and_params
     traces = []
@@ -171,6 +179,7 @@ def test_a_dictionary_edit_runs_under_cond(model_and_params, tokens, dictionary)
     assert "cond[" in layers[:dictionary_at] and "sin" not in layers[: layers.index("cond[")]
 
 
+@pytest.mark.some(2)
 def test_gradient_reaches_the_edit_and_equals_a_difference(model_and_params, tokens):
     model, params = model_and_params
     loss = lambda v: model.apply(params, tokens, edits=(Edit("add", "resid_post@0", v),)).logits[0, 3, 5]  # noqa: E731

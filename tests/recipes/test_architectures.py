@@ -233,6 +233,7 @@ def worlds(tmp_path_factory) -> tuple[Run, Path]:
     return run, Path(run.root) / run.name
 
 
+@pytest.mark.slow
 def test_a_world_stands_where_a_model_does(worlds):
     run, folder = worlds
     for world in ("easy", "bits"):

@@ -110,6 +110,7 @@ def test_a_damaged_result_is_measured_again(finished_copy, model_folders):
     assert json.loads(path.read_text()) == whole
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_the_open_configs_examine_a_released_dictionary(family, model_folders, corpus, tmp_path, capsys):
     """The real files' layout, made here; the real config, pointed at it."""

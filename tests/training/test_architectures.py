@@ -50,6 +50,7 @@ def one_step(spec, scaled=None, factor=1.0):
     return {name: float(total) for name, (total, _) in metrics.items()}, gradient, state
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("case", CASES)
 def test_the_logged_loss_is_the_differentiated_loss(case):
     """The loss is the sum of the logged terms, and each term's gradient is there with its weight."""
@@ -96,6 +97,7 @@ def test_its_gradient_of_the_reconstruction_is_the_slope_of_the_logged_loss(case
     assert (losses[0] - losses[1]) / 2e-2 == pytest.approx((gradient["W_dec"] * along).sum(), rel=2e-2, abs=2e-3)
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("case", CASES)
 def test_every_architecture_learns(case, tmp_path):
     dictionary, _ = CASES[case]

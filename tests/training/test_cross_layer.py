@@ -124,6 +124,7 @@ def test_biases_start_on_each_layers_rows():
         assert np.linalg.norm((off / np.linalg.norm(off, axis=1, keepdims=True)).mean(axis=0)) < 2e-3
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_among_others(final_states, tmp_path):
     """Bit for bit, beside a dictionary of one site, which is what it is alone."""
     other = TrainSpec(TopK(D, 32, 2), steps=24, batch_size=64, lr=1e-2, sample_rows=256, site="mlp_in@1")

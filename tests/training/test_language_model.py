@@ -67,6 +67,7 @@ def test_resumed_equals_uninterrupted():
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("model", [AR, DLM], ids=["next token", "masked diffusion"])
 def test_learns_a_deterministic_language(model):
     tokens = cyclic(64)

@@ -161,6 +161,7 @@ def test_bfloat16_moments_fall_again():
     assert float(jnp.bfloat16(0.999 * float(jnp.bfloat16(1.1)))) == float(jnp.bfloat16(1.1))  # what nearest would do
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("name", ["adam", "adam_bf16", "lion", "signum", "muon", "schedule_free"])
 def test_a_batch_that_is_not_kept_changes_nothing(name):
     spec = small_spec().dictionary

@@ -105,6 +105,7 @@ def test_where_nothing_is_subtracted_the_biases_take_the_mean_off(kind):
     assert kind is TopK or (np.asarray(params["r_mag"]) == 0).all()
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("optimizer", ["adam", "adam_bf16", "lion", "signum", "muon"])
 def test_every_optimiser_forgets(optimizer):
     spec, state = under_way(optimizer=optimizer)

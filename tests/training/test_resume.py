@@ -62,6 +62,7 @@ def undisturbed(tmp_path_factory):
     return states, files_of(folder)
 
 
+@pytest.mark.slow
 def test_stopped_anywhere_and_resumed(undisturbed, final_states, tmp_path):
     # before the first checkpoint, and at random
     for stop in (3, int(np.random.default_rng().integers(6, 24))):
@@ -113,6 +114,7 @@ else:
 """
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("moment", ["step", "checkpoint"])
 def test_killed_and_resumed(undisturbed, final_states, tmp_path, moment):
     root = Path(__file__).parents[2]

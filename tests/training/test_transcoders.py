@@ -92,6 +92,7 @@ def test_biases_start_on_the_rows():
     np.testing.assert_allclose(params["b_enc"], -np.asarray(params["W_enc"]) @ np.asarray(state.params["b_in"]), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_pairs_from_every_source_are_the_same(tmp_path):
     spec = TrainSpec(TopK(D, 64, 4, d_out=OUT), steps=12, batch_size=64, site="mlp_in@3", target="mlp_out@3", sample_rows=128)
     [array] = train(spec, {name: rows[:640] for name, rows in SOURCE.items()}, tmp_path / "array")
@@ -106,6 +107,7 @@ def test_pairs_from_every_source_are_the_same(tmp_path):
     assert explained(stored, X[8_192:], Y[8_192:]) > 0.5
 
 
+@pytest.mark.slow
 def test_a_site_is_read_once_for_all(tmp_path, monkeypatch):
     asked = []
     batches = sources._ArraySource.batches
