@@ -21,12 +21,12 @@ def quantise(rows: Shaped[np.ndarray, "n D"]) -> tuple[Int8[np.ndarray, "n D"], 
     step = max(1, _BLOCK // rows.shape[1])
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
-        x = np.asarray(rows[part]).astype(np.float32, copy=False)
         with np.errstate(over="ignore", invalid="ignore"):  # float64 beyond float32 and what was not finite before
+            x = np.asarray(rows[part]).astype(np.float32, copy=False)
             largest = np.abs(x).max(axis=1)
             scale = largest / np.float32(LARGEST)
-            # the smallest float32 where the quotient is 0, the next lower one where the product would be infinite
-            scale = np.where((scale == 0) & (largest > 0), np.finfo(np.float32).smallest_subnormal, scale)
+            # the next float32 where it was rounded down (which is much where it is subnormal), or up to a product that is infinite
+            scale = np.where(scale * LARGEST < largest, np.nextafter(scale, np.float32(np.inf)), scale)
             scale = np.where(np.isinf(scale * LARGEST) & np.isfinite(largest), np.nextafter(scale, np.float32(0)), scale)
         scale = np.where(np.isfinite(largest), scale, np.float32(np.nan)).astype(np.float32)
         divisor = np.where(scale > 0, scale, np.float32(1))[:, None]

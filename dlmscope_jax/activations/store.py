@@ -47,9 +47,8 @@ class ActivationStore:
         self._arrays = Arrays(kv, shown, header)
         self._buffer: list[dict[str, np.ndarray]] = []
         self._buffered = 0
-        parts = {} if complete else manifest.read_parts(kv, shown)
-        self._others = manifest.read_shards(kv, shown, True) if complete else manifest.merged(parts, shown)
-        self._writer = writing.Writer(kv, shown, writer, dict(parts.get(manifest.part_of(writer), {})))
+        self._others = manifest.read_shards(kv, shown, complete)
+        self._writer = writing.Writer(kv, shown, writer)
 
     # -- making and opening
 
@@ -432,14 +431,15 @@ class ActivationStore:
         if unknown := set(shards) - set(self._committed()):
             raise UserError(f"the store at {self._shown} has no committed shard {min(unknown)}")
         if shards:
+            self._writer.settle()
             manifest.mark_incomplete(self._kv, self._shown)
             self._complete = False
             for part, held in manifest.read_parts(self._kv, self._shown).items():
                 kept = {i: shard for i, shard in held.items() if i not in set(shards)}
                 if kept != held:
                     manifest.write_shards(self._kv, kept, self._shown, part)
+            self._writer.forget()
             self.refresh()
-            self._writer.shards = manifest.read_parts(self._kv, self._shown).get(manifest.part_of(self._number), {})
 
     def _places(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         places, before = [], 0

@@ -25,12 +25,16 @@ if TYPE_CHECKING:
 class Writer:
     """One process's way into a store: writes a shard in the background while the caller makes the next one."""
 
-    def __init__(self, kv: "ts.KvStore", shown: str, number: int, shards: dict[int, Shard]):
-        """``shards`` are those that this writer committed before."""
+    def __init__(self, kv: "ts.KvStore", shown: str, number: int):
         self._kv, self._shown, self._number = kv, shown, number
-        self.shards = shards
+        self._listed: dict[int, Shard] | None = None  # in this writer's part; read before the first write
         self._pool: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None
+
+    @property
+    def shards(self) -> dict[int, Shard]:
+        """The shards of this writer's part, once it has written."""
+        return self._listed or {}
 
     def write(self, arrays: Arrays, index: int, rows: Mapping[str, np.ndarray]) -> None:
         """Begins to write a shard, after the one before it is committed."""
@@ -52,10 +56,17 @@ class Writer:
             self._pool.shutdown()
             self._pool = None
 
+    def forget(self) -> None:
+        """Reads the list of its shards again before the next write, because it was changed."""
+        self._listed = None
+
     def _write_and_commit(self, arrays: Arrays, index: int, rows: Mapping[str, np.ndarray]) -> None:
-        shards = {**self.shards, index: arrays.write_shard(index, rows)}
-        manifest.write_shards(self._kv, shards, self._shown, manifest.part_of(self._number))
-        self.shards = shards
+        part = manifest.part_of(self._number)
+        if self._listed is None:
+            self._listed = manifest.parsed(manifest.read_key(self._kv, part, self._shown) or b"", part, self._shown)
+        shards = {**self._listed, index: arrays.write_shard(index, rows)}
+        manifest.write_shards(self._kv, shards, self._shown, part)
+        self._listed = shards
 
 
 def finish(kv: "ts.KvStore", shown: str, header: Header, arrays: Arrays, shards: dict[int, Shard]) -> None:
