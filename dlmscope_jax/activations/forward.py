@@ -97,9 +97,9 @@ def over_rows(tree: "jax.typing.ArrayLike | dict | tuple", mesh: Mesh | None) ->
     return tree if mesh is None else jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, row_sharding(mesh)), tree)
 
 
-def key_words(seed: int) -> Int[np.ndarray, " words"]:
-    """``jax.random.key(seed)`` as numbers, which every process of a mesh can hand to a program."""
-    return np.asarray(jax.random.key_data(jax.random.key(seed)))
+def key_words(key: Key[Array, ""]) -> Int[np.ndarray, " words"]:
+    """A key as numbers, which every process of a mesh can hand to a program."""
+    return jax.device_get(jax.random.key_data(key))
 
 
 def on_mesh(model: Transformer, params: dict, mesh: Mesh | None) -> tuple[Transformer, dict]:

@@ -250,6 +250,7 @@ class Mixer:
         """A free slot for each of some rows, given their lanes in ascending order; the buffer has to grow where there are too few."""
         need = np.bincount(lane, minlength=len(self._left))
         if (short := int((need - self._left).max())) > 0:
+            short = max(short, self.capacity // 8)  # seldom, because programs are compiled for a size
             # free slots stand first in each lane: new ones after them, taken ones are not looked at
             grown = np.zeros((len(self._free), self.capacity + short), self._free.dtype)
             for i, left in enumerate(self._left):

@@ -273,12 +273,13 @@ class _Selection:
         """The masks of an epoch as bits: the harvest's in the first one, others in each later one."""
         n, length = self._real.shape
         step = min(n, max(1, _AT_ONCE // length))
-        key = jax.random.key_data(jax.random.fold_in(jax.random.key(self._seed), epoch + 1)) if epoch else key_words(self._seed)
+        key = jax.random.key(self._seed)
+        words = key_words(jax.random.fold_in(key, epoch + 1) if epoch else key)
         found = []
         for first in range(0, n, step):
             blocks = np.minimum(np.arange(first, first + step), n - 1).astype(np.int32)  # one shape, one program
             bits = _mask_bits(
-                self._model.diffusion, np.asarray(key), self._blocks.tokens[blocks], self._real[blocks], blocks,
+                self._model.diffusion, words, self._blocks.tokens[blocks], self._real[blocks], blocks,
                 low=self._corruption.low, high=self._corruption.high, policy=self._corruption.policy,
             )  # fmt: skip
             found.append(jax.device_get(bits)[: n - first])
@@ -321,7 +322,7 @@ def _taken(buffers: dict[str, Array], places: Int[Array, " B"], mesh: Mesh | Non
     return {site: take(buffer, places) for site, buffer in buffers.items()}
 
 
-@partial(jax.jit, donate_argnums=0, static_argnames=("before", "after", "mesh"))
+@partial(jax.jit, static_argnames=("before", "after", "mesh"))
 def _grown(buffers: dict[str, Array], before: int, after: int, mesh: Mesh | None) -> dict[str, Array]:
     """Buffers whose lanes have room for more rows."""
 
