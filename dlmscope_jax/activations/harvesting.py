@@ -118,8 +118,8 @@ def harvest(
         return store
     padded = bool((blocks.documents < 0).any()) if isinstance(blocks, Blocks) else blocks.padded
     run = partial(
-        forward, model, params, key_words(jax.random.key(seed)), low=corruption.low, high=corruption.high, sites=names, policy=corruption.policy,
-        padded=padded, dtype=row_dtype(dtype).name,
+        forward, model, params, key_words(jax.random.key(seed)), low=corruption.low, high=corruption.high, sites=names,
+        policy=corruption.policy, padded=padded, dtype=row_dtype(dtype).name,
     )  # fmt: skip
 
     def take(of_shard: range) -> Blocks:
