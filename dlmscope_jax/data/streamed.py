@@ -183,7 +183,8 @@ class StreamedBlocks:
         if block_length < 2:
             raise UserError(f"block_length is {block_length}: it must be at least 2")
         self._files, self._tokenizer, self._column, self._repeat = files, tokenizer, column, repeat
-        self.length, self.window, self.side, self._count = block_length, window, side, count
+        self.length, self.window, self._side, self._count = block_length, window, side, count
+        self.side: str = side
         found = sorted((name, size) for name, size in files.listing() if name.lower().endswith(_TYPES))
         if not found:
             raise UserError(f"data.path: the stream holds no {', '.join(_TYPES)} file")
@@ -194,7 +195,7 @@ class StreamedBlocks:
         self.digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()
         self.padded = not repeat
         self._cursors = Cursors(None if notes is None else Path(notes) / self.digest[:16])
-        self._reading: dict[int, tuple[Cursor, Iterator[_Document]]] = {}
+        self._reading: dict[int, tuple[Cursor, Iterator[tuple[_Document, np.ndarray]]]] = {}
 
     def __len__(self) -> int:
         return self._count
@@ -249,7 +250,7 @@ class StreamedBlocks:
         if bos is not None:
             tokens = np.concatenate([np.full((len(tokens), 1), bos, np.int32), tokens], axis=1)
             owner = np.concatenate([owner[:, :1], owner], axis=1)
-        return Blocks(tokens, owner, (), self.side)
+        return Blocks(tokens, owner, (), self._side)
 
     def _encoded(self, documents: Iterator[_Document]) -> Iterator[tuple[_Document, np.ndarray]]:
         end = [] if self._tokenizer.eos_id is None else [self._tokenizer.eos_id]
@@ -269,7 +270,7 @@ class StreamedBlocks:
                 any_here = False
             file, part = divmod(mine[place], self._parts)
             for where, after, text in self._texts(self._names[file], part, at):
-                if text.strip() and _side(text) == self.side:
+                if text.strip() and _side(text) == self._side:
                     any_here = True
                     yield _Document(unit, where, after, text)
             unit, at = unit + 1, -1

@@ -247,8 +247,8 @@ class Train:
     checkpoint_every: int = 1000
     # how many of the newest checkpoints stay
     keep: int = 2
-    # a metric such as explained_variance or loss whose best checkpoint stays as well
-    best: str | None = None
+    # a metric whose best checkpoint stays as well
+    best: Literal["explained_variance", "loss"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,7 @@ from dlmscope_jax import config, distributed
 from dlmscope_jax.activations import ActivationStore, Corruption, rows_of
 from dlmscope_jax.activations import harvest as harvest_rows
 from dlmscope_jax.activations.layout import default_rows
+from dlmscope_jax.activations.stream import ActivationStream
 from dlmscope_jax.analysis import delta_losses
 from dlmscope_jax.analysis import evaluate as fidelity
 from dlmscope_jax.data import Blocks, StreamedBlocks
@@ -33,6 +34,7 @@ from dlmscope_jax.models import canonical_site, model_identity, site_width
 from dlmscope_jax.report import report as write_report
 from dlmscope_jax.training import Checkpoints, Progress
 from dlmscope_jax.training import train as train_dictionaries
+from dlmscope_jax.training.sources import Growing
 
 from .configs import Run
 from .dictionaries import Planned, planned
@@ -131,7 +133,7 @@ def train_model(work: Work, name: str) -> None:
     run, recipe = work.run, work.run.train
     if run.released:
         raise UserError(f"released: {run.name} examines dictionaries that somebody else trained; there is nothing to train")
-    widths, source = _source(work, name)
+    widths, source = source_of(work, name)
     plans = planned(run, widths)
     specs = [plan.spec for plan in plans]
     with work.stage("train dictionaries of", name) as stage:
@@ -145,12 +147,15 @@ def train_model(work: Work, name: str) -> None:
             )
 
 
-def _source(work: Work, name: str) -> tuple[dict[str, int], Any]:
+def source_of(work: Work, name: str) -> tuple[dict[str, int], Any]:
     """Where a model's training rows come from, and the widths of its sites."""
     if work.run.train.source == "model":
         return _stream(work, name)
     url = work.store_url(name, "train")
-    store = _begun(url) if work.run.train.source == "growing" else ActivationStore.open(url)
+    if work.run.train.source == "growing":
+        store = _begun(url)
+        return _site_widths(work, name, store), Growing(store)
+    store = ActivationStore.open(url)
     return _site_widths(work, name, store), store
 
 
@@ -170,15 +175,13 @@ def _begun(url: Path) -> ActivationStore:
 
 def _stream(work: Work, name: str) -> tuple[dict[str, int], Any]:
     """A model's rows straight from its forward passes."""
-    from dlmscope_jax.activations.stream import ActivationStream
-
     run = work.run
     model, params = work.model(name)
     sites = _sites(run)
     blocks = work.some_blocks(name, "train", run.harvest.train_rows, repeat=True)
     stream = ActivationStream(
         model, params, blocks, sites, _corruption(run, model), seed=run.seed, batch_size=run.harvest.batch_size,
-        buffer_rows=run.train.buffer_rows, mesh=work.mesh,
+        buffer_rows=run.train.buffer_rows, mesh=work.mesh, meta={"model": name, "tokenizer": work.tokenizer(name).digest},
     )  # fmt: skip
     return {site: site_width(site, model.config) for site in sites}, stream
 

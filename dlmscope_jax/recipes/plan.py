@@ -27,6 +27,7 @@ from dlmscope_jax.training.chips import Chip, chip_of
 from dlmscope_jax.training.planning import Cost, Parts
 from dlmscope_jax.training.state import state_shardings
 
+from .advice import Bytes, changes
 from .configs import Run
 from .dictionaries import planned
 from .meshes import mesh_of
@@ -44,6 +45,7 @@ class Program:
     """One program of a run on one device: bytes that it holds, and what a step costs.
 
     Attributes:
+      kind: harvest, train, or both: training straight from the model.
       name: what it is, in words.
       parameters, optimiser, activations, temporary: bytes. Activations are what goes in and out apart from the state.
       saving: bytes of the copy of the state from which a checkpoint is written while the next steps run.
@@ -52,6 +54,7 @@ class Program:
       steps: of the run.
     """
 
+    kind: str
     name: str
     parameters: int
     optimiser: int
@@ -88,9 +91,10 @@ def plan(run: Run) -> dict[str, Any]:
     }  # fmt: skip
     print(_heading(run, devices[0], chip, parts))
     for name in work.names:
-        programs = _programs(work, name, mesh or devices[0], parts, devices[0].platform)
+        programs, refused = _programs(work, name, mesh or devices[0], parts, devices[0].platform)
         limit = _ROOM * chip.memory if chip is not None else None
         advice = [line for program in programs for line in _advice(work, name, program, parts, limit)] if limit else []
+        advice = refused + advice
         entry = {
             "name": work.labels[name],
             "programs": [_as_json(program, chip, limit) for program in programs],
@@ -155,20 +159,31 @@ def store_bytes(work: Work, name: str) -> int:
     return rows * (sum(widths.values()) * _ITEM[dtype] + scales + _COLUMNS)
 
 
-def _programs(work: Work, name: str, where: Any, parts: Parts, platform: str) -> list[Program]:
-    """The forward pass and the dictionary step of one model (or the latter of one world)."""
+def _programs(work: Work, name: str, where: Any, parts: Parts, platform: str) -> tuple[list[Program], list[str]]:
+    """The forward pass and the dictionary step of one model (or the latter of one world), and why one of them is not possible.
+
+    Each verb may have a mesh of its own, so one that the mesh does not divide is no mistake while the other is.
+
+    Raises:
+      UserError: neither is.
+    """
     run = work.run
     platform = {"gpu": "cuda"}.get(platform, platform)
-    found = []
-    if work.world(name) is None:
-        found.append(_harvest(work, name, where, parts, platform))
     specs = [] if run.released else specs_of(run, _widths(work, name))
-    if specs:
-        found.append(_train(run, specs, where, parts, platform))
-    if specs and run.train.source == "model" and work.world(name) is None:
+    makers = {"harvest": lambda: _harvest(work, name, where, parts, platform)} if work.world(name) is None else {}
+    makers |= {"train": lambda: _train(run, specs, where, parts, platform)} if specs else {}
+    found, refused = [], []
+    for verb, make in makers.items():
+        try:
+            found.append(make())
+        except UserError as error:
+            refused.append(f"{verb} is not possible on this mesh: {error}")
+    if not found:
+        raise UserError("; ".join(refused))
+    if len(found) == 2 and run.train.source == "model":
         forward, step = found
         found.append(_together(run, forward, step, _widths(work, name), parts))
-    return found
+    return found, refused
 
 
 def _harvest(work: Work, name: str, where: Any, parts: Parts, platform: str) -> Program:
@@ -185,7 +200,7 @@ def _harvest(work: Work, name: str, where: Any, parts: Parts, platform: str) -> 
     params = _bytes_here(_abstract_params(model, where))
     rows = run.harvest.test_rows + (0 if run.train.source == "model" else run.harvest.train_rows)
     return Program(
-        f"harvest {work.labels[name]}", params, 0, memory.argument_size_in_bytes - params + 2 * memory.output_size_in_bytes,
+        "harvest", f"harvest {work.labels[name]}", params, 0, 2 * (5 * batch * length // parts.rows + memory.output_size_in_bytes),
         memory.temp_size_in_bytes, 0, planning.forward_cost(model, batch, length, min(layers, model.config.n_layers), parts, platform),
         batch * length, rows / (batch * length),
     )  # fmt: skip
@@ -210,7 +225,16 @@ def _train(run: Run, specs: list[TrainSpec], where: Any, parts: Parts, platform:
     batch = 2 * run.train.batch_size // parts.rows * sum(sites.values()) * _ITEM[run.harvest.dtype]
     shown = f"train {len(specs)} dictionaries" if len(specs) > 1 else "train 1 dictionary"
     return Program(
-        shown, params, optimiser, batch, memory.temp_size_in_bytes, params + optimiser, _sum(costs), run.train.batch_size, run.train.steps
+        "train",
+        shown,
+        params,
+        optimiser,
+        batch,
+        memory.temp_size_in_bytes,
+        params + optimiser,
+        _sum(costs),
+        run.train.batch_size,
+        run.train.steps,
     )
 
 
@@ -220,7 +244,7 @@ def _together(run: Run, forward: Program, step: Program, widths: dict[str, int],
     passes = run.train.batch_size / forward.rows / _share(run)
     cost = _sum([step.cost, _scaled(forward.cost, passes)])
     return Program(
-        "train from the model", forward.parameters + step.parameters, step.optimiser,
+        "both", "train from the model", forward.parameters + step.parameters, step.optimiser,
         forward.activations + step.activations + buffer, max(forward.temporary, step.temporary), step.saving, cost, step.rows, step.steps,
     )  # fmt: skip
 
@@ -337,12 +361,12 @@ def _sum(costs: list[Cost]) -> Cost:
     for collective in (c for cost in costs for c in cost.collectives):
         key = (collective.what, collective.op, collective.axis, collective.bytes)
         before = together.get(key)
-        together[key] = collective if before is None else collective._replace(count=collective.count + before.count)
+        together[key] = collective if before is None else dataclasses.replace(collective, count=collective.count + before.count)
     return Cost(sum(c.bfloat16 for c in costs), sum(c.float32 for c in costs), sum(c.bytes for c in costs), tuple(together.values()))
 
 
 def _scaled(cost: Cost, times: float) -> Cost:
-    collectives = tuple(c._replace(count=c.count * times) for c in cost.collectives)
+    collectives = tuple(dataclasses.replace(c, count=c.count * times) for c in cost.collectives)
     return Cost(cost.bfloat16 * times, cost.float32 * times, cost.bytes * times, collectives)
 
 
@@ -358,18 +382,18 @@ def _heading(run: Run, device: Any, chip: Chip | None, parts: Parts) -> str:
 
 def _shown(work: Work, name: str, programs: list[Program], chip: Chip | None, entry: dict[str, Any]) -> str:
     """The tables of one model."""
-    gigabytes = lambda size: f"{size / 1e9:.2f}"  # noqa: E731
-    lines = [("GB on one device", "parameters", "optimiser", "activations", "temporary", "saving", "total", "fits")]
+    gigabytes = lambda size: f"{size / 1e9:.3g}"  # noqa: E731
+    lines: list[tuple[str, ...]] = [("GB on one device", "parameters", "optimiser", "activations", "temporary", "saving", "total", "fits")]
     for program, told in zip(programs, entry["programs"], strict=True):
         sizes = (program.parameters, program.optimiser, program.activations, program.temporary, program.saving, program.total)
         lines.append((program.name, *map(gigabytes, sizes), {None: "-", True: "yes", False: "NO"}[told["fits"]]))
     blocks = [aligned(lines)]
-    sent = [("sent by one device in a step", "as", "over", "times", "MB each")]
+    sent: list[tuple[str, ...]] = [("sent by one device in a step", "as", "over", "times", "MB each")]
     for program in programs[:2]:
         for c in program.cost.collectives:
             sent.append((f"{program.name}: {c.what}", c.op, f"{c.axis} ({c.parts})", f"{c.count:g}", f"{c.bytes / 1e6:.3f}"))
     blocks += [aligned(sent)] if len(sent) > 1 else []
-    times = [("time at the makers' peaks", "TFLOP a step", "step", "rows/s", "steps", "in all")]
+    times: list[tuple[str, ...]] = [("time at the makers' peaks", "TFLOP a step", "step", "rows/s", "steps", "in all")]
     for program, told in zip(programs, entry["programs"], strict=True):
         step, whole = told["step_seconds"], told["seconds"]
         times.append(
@@ -383,7 +407,7 @@ def _shown(work: Work, name: str, programs: list[Program], chip: Chip | None, en
             )
         )
     blocks.append(aligned(times))
-    blocks.append(f"store of {work.labels[name]}: {entry['store_bytes'] / 1e12:.3g} TB")
+    blocks.append(f"store of {work.labels[name]}: {entry['store_bytes'] / 1e9:,.1f} GB")
     blocks += entry["advice"]
     return "\n" + "\n\n".join(blocks)
 
@@ -395,7 +419,7 @@ def _as_json(program: Program, chip: Chip | None, limit: float | None) -> dict[s
         "bytes": {name: getattr(program, name) for name in ("parameters", "optimiser", "activations", "temporary", "saving", "total")},
         "fits": None if limit is None else program.total <= limit,
         "flops": program.cost.flops, "traffic_bytes": program.cost.bytes, "sent_bytes": program.cost.sent,
-        "collectives": [c._asdict() for c in program.cost.collectives], "rows": program.rows, "steps": program.steps,
+        "collectives": [dataclasses.asdict(c) for c in program.cost.collectives], "rows": program.rows, "steps": program.steps,
         "step_seconds": step, "seconds": None if step is None else step * program.steps,
     }  # fmt: skip
 
@@ -412,10 +436,11 @@ def _advice(work: Work, name: str, program: Program, parts: Parts, limit: float)
     """What to change where a program does not fit: the first changes that alone, or else together, make it fit by the formulas."""
     if program.total <= limit:
         return []
-    from .advice import changes
-
-    found = changes(work.run, None if work.world(name) is not None else network(work, name), _widths(work, name), program, parts, limit)
+    state = program.parameters + program.optimiser
+    measured = Bytes(state, program.saving, program.activations, program.temporary)
+    model = None if work.world(name) is not None else network(work, name)
+    found = changes(work.run, model, _widths(work, name), measured, parts, limit, program.kind)
     over = f"{program.name} does not fit: {program.total / 1e9:.1f} of {limit / 1e9:.1f} GB that may be taken"
     if not found:
         return [f"{over}, and nothing that was tried is enough: use more devices"]
-    return [f"{over}. It would with {' or with '.join(found)}"]
+    return [f"{over}. It would with {'; or with '.join(found)}"]

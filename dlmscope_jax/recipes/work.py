@@ -222,8 +222,8 @@ def _held(stream: StreamedBlocks, purpose: int) -> Blocks:
     parts = [stream.take(slice(at, at + 1)) for at in range(first, first + len(stream))]
     tokens, numbers = (np.concatenate([getattr(part, field) for part in parts]) for field in ("tokens", "documents"))
     known, places = np.unique(numbers, return_inverse=True)
-    places = places.reshape(numbers.shape).astype(np.int32) - int((known < 0).any())
-    return Blocks(tokens, places, tuple(f"document {number}" for number in known if number >= 0), stream.side)
+    local = places.reshape(numbers.shape).astype(np.int32) - np.int32((known < 0).any())
+    return Blocks(tokens, local, tuple(f"document {number}" for number in known if number >= 0), parts[0].side)
 
 
 def _stamp(inputs: Any) -> str:

@@ -8,7 +8,9 @@ Left out, because it is small beside the rest: norms, rotations and softmax, mas
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
+
+import jax.numpy as jnp
 
 from dlmscope_jax.dictionaries import BatchTopK, Binary, Gated, Matryoshka, TopK
 from dlmscope_jax.kernels.dispatch import Problem
@@ -25,7 +27,8 @@ _TRAFFIC = {"adam": 28, "adam_bf16": 20, "lion": 20, "signum": 20, "muon": 20, "
 OPTIMISER = {"adam": 8, "adam_bf16": 4, "lion": 4, "signum": 4, "muon": 4, "schedule_free": 8}
 
 
-class Collective(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Collective:
     """Some equal collectives of a step.
 
     Attributes:
@@ -41,7 +44,7 @@ class Collective(NamedTuple):
     op: str
     axis: str
     parts: int
-    count: int
+    count: float
     bytes: int
 
     def seconds(self, chip: Chip) -> float:
@@ -71,7 +74,7 @@ class Cost:
         return self.bfloat16 + self.float32
 
     @property
-    def sent(self) -> int:
+    def sent(self) -> float:
         """Bytes that a device gives to collectives."""
         return sum(c.count * c.bytes for c in self.collectives)
 
@@ -210,6 +213,11 @@ def step_memory(spec: TrainSpec, parts: Parts) -> float:
     return gradients + _F32 * b * (2.0 * n + 4.0 * k + 6.0 * (spec.dictionary.d_in + spec.dictionary.out))
 
 
+def item_size(model: Transformer) -> int:
+    """Bytes of a number as the model computes."""
+    return jnp.dtype(model.dtype).itemsize
+
+
 def block_parameters(config: ModelConfig) -> int:
     """Parameters of the products of one block."""
     heads, mlp = config.head_dim * (2 * config.n_heads + 2 * config.n_kv_heads), config.d_mlp * (3 if config.gated else 2)
@@ -223,7 +231,7 @@ def forward_cost(model: Transformer, sequences: int, length: int, layers: int, p
     Weights are gathered over ``data`` block by block; over ``model`` two [B, T, D] are added up in each block.
     """
     config = model.config
-    size = 2 if str(model.dtype) in ("bfloat16", "<class 'jax.numpy.bfloat16'>") else 4
+    size = item_size(model)
     tokens = max(1, sequences // parts.rows) * length
     weights = block_parameters(config)
     seen = 0.5 if config.attention == "causal" and platform != "cpu" else 1.0
