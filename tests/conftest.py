@@ -49,11 +49,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     wanted, unwanted = [], []
+    spared = set() if config.getoption("--full") else _spared(items)
     for item in items:
         if _compares_with_torch(item) and config.getoption("--no-torch"):
             _left_out["torch"] += 1
             unwanted.append(item)
-        elif item.get_closest_marker("slow") and not config.getoption("--full"):
+        elif item in spared or (item.get_closest_marker("slow") and not config.getoption("--full")):
             _left_out["slow"] += 1
             unwanted.append(item)
         else:
@@ -61,6 +62,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if unwanted:
         config.hook.pytest_deselected(items=unwanted)
         items[:] = wanted
+
+
+def _spared(items: list[pytest.Item]) -> set[pytest.Item]:
+    """The cases of tests marked ``some(n)`` beside the n that stand evenly among all of them."""
+    cases: dict[tuple[Path, str], list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("some"):
+            cases.setdefault((item.path, item.nodeid.partition("[")[0]), []).append(item)
+    spared: set[pytest.Item] = set()
+    for those in cases.values():
+        n = those[0].get_closest_marker("some").args[0]
+        spared |= set(those) - {those[i * len(those) // n] for i in range(min(n, len(those)))}
+    return spared
 
 
 def _compares_with_torch(item: pytest.Item) -> bool:
