@@ -17,7 +17,7 @@ import time
 import numpy as np
 
 from ..errors import UserError
-from .loader import Loader, Reading
+from .loader import Loaders, Reading
 from .manifest import Shard
 
 PATIENCE = 600.0  # seconds
@@ -32,8 +32,8 @@ class Following:
         self._steps = max(1, reading.buffer_rows // reading.batch_size)  # of a window
         self._counted: list[Shard] = []
         self._ends = np.zeros(1, np.int64)  # selected rows before each of them, and after the last
-        self._window: tuple[int, Loader] | None = None
-        self._later: Loader | None = None
+        self._window: tuple[int, Loaders] | None = None
+        self._later: Loaders | None = None
         self.rows = self.steps_per_epoch = sys.maxsize
 
     def next(self, step: int, most: int, stopped: threading.Event) -> list[dict[str, np.ndarray]]:
@@ -55,7 +55,7 @@ class Following:
             self._later = self._reading.loader(self._counted)
         return self._later.batches(step, min(most, self.steps_per_epoch - step % self.steps_per_epoch))
 
-    def _loader(self, window: int) -> Loader:
+    def _loader(self, window: int) -> Loaders:
         rows = self._steps * self._reading.batch_size
         low, high = window * rows, min((window + 1) * rows, int(self._ends[-1]))
         first = int(np.searchsorted(self._ends, low, side="right")) - 1

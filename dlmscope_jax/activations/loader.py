@@ -1,7 +1,9 @@
 """The rows of a plan's steps, read from a store: one group of each lane is in memory at a time."""
 
 import math
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from .store import ActivationStore
 
 LANES = 256
+PARTS = 4  # threads that fill a batch, at most
 
 
 class Loader:
@@ -50,10 +53,15 @@ class Loader:
         self._epoch = -1
 
     def batches(self, step: int, count: int) -> list[dict[str, np.ndarray]]:
-        """The batches of ``count`` steps of one epoch, rows lane by lane in each.
+        """The batches of ``count`` steps of one epoch, rows lane by lane in each."""
+        return together([self], step, count)
+
+    def fill(self, step: int, count: int, out: dict[str, list[np.ndarray]], rows: np.ndarray, first: int) -> None:
+        """Writes this loader's rows of ``count`` batches: sites [B, D] each, row numbers [count, B], from row ``first`` of each on.
 
         Several steps at once, so that the lanes which run out within them are read together: a read of few chunks costs mostly its
-        look-ups.
+        look-ups. Most rows are copied once, out of the pool to where they belong; those of a lane that goes on in its next group, which
+        will take its place in the pool, are set aside before.
         """
         plan, n = self.plan, len(self.lanes)
         epoch, within = divmod(step, plan.steps_per_epoch)
@@ -63,34 +71,33 @@ class Loader:
         at = self.lanes * plan.stretch + within * plan.share
         wanted = count * plan.share
         left = np.full(n, wanted)
-        size = n * plan.share
-        found = {site: np.empty((count * size, width), self._pool[site].dtype) for site, (width, _) in self.sites.items()}
-        rows = np.empty(count * size, np.int64)
+        chosen = np.zeros((count, n * plan.share), np.int64)
+        aside: list[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]] = []
         while left.any():  # until no lane has to go on in its next group
             self._load(np.flatnonzero((left > 0) & ((at < self._low) | (at >= self._high))), at)
             take = np.minimum(left, self._high - at) * (left > 0)
             lane = np.repeat(np.arange(n), take)
             along = np.arange(len(lane)) - np.repeat(np.cumsum(take) - take, take)
             ahead, within_share = np.divmod((wanted - left)[lane] + along, plan.share)
-            target = ahead * size + lane * plan.share + within_share
+            target = lane * plan.share + within_share
             place = (at - self._low)[lane] + along
             source = self._slot[lane, place]
-            rows[target] = self._row[lane, place]
-            if len(target) == len(rows):  # no lane has to go on: rows can be taken where they belong, without a copy between
-                ordered = np.empty_like(source)
-                ordered[target] = source
-                for site, pool in self._pool.items():
-                    pool.take(ordered, axis=0, out=found[site], mode="clip")  # with a mode that checks, NumPy copies once more
-            else:
-                for site, pool in self._pool.items():
-                    found[site][target] = pool.take(source, axis=0)
+            rows[ahead, first + target] = self._row[lane, place]
+            chosen[ahead, target] = source
+            if (going := (left > take)[lane]).any():
+                values = {site: pool.take(source[going], axis=0) for site, pool in self._pool.items()}
+                aside.append((ahead[going], target[going], values))
             at, left = at + take, left - take
-        made = []
-        for part in (slice(i * size, (i + 1) * size) for i in range(count)):
-            batch = {site: found[site][part].view(dtype) for site, (_, dtype) in self.sites.items()}
-            batch |= {site: restore(batch[site], scale[rows[part]]) for site, scale in self.scales.items()}
-            made.append(batch | {name: values[rows[part]] for name, values in self.columns.items()})
-        return made
+        for i in range(count):
+            for site, pool in self._pool.items():
+                to = out[site][i][first : first + len(chosen[i])]
+                scales = self.scales.get(site)
+                found = to if scales is None else np.empty(to.shape, pool.dtype)
+                pool.take(chosen[i], axis=0, out=found, mode="clip")  # with a mode that checks, NumPy copies once more
+                for ahead, target, values in aside:
+                    found[target[ahead == i]] = values[site][ahead == i]
+                if scales is not None:
+                    restore(found.view(np.int8), scales[rows[i, first : first + len(to)]], to)
 
     def _load(self, lanes: np.ndarray, at: np.ndarray) -> None:
         """Reads the groups of some lanes at their places; a chunk that several of them need is read once."""
@@ -133,6 +140,41 @@ class Loader:
         return np.flatnonzero(self.selected[first : first + stop - start])
 
 
+def together(loaders: "Sequence[Loader]", step: int, count: int, pool: ThreadPoolExecutor | None = None) -> list[dict[str, np.ndarray]]:
+    """The batches of ``count`` steps of one epoch; each loader fills the rows of its lanes, all of them at one time in a pool."""
+    one = loaders[0]
+    sizes = [len(loader.lanes) * loader.plan.share for loader in loaders]
+    out, rows = {}, np.empty((count, sum(sizes)), np.int64)
+    for site, (width, dtype) in one.sites.items():
+        kind = np.float32 if site in one.scales else f"u{dtype.itemsize}"
+        # each batch by itself: memory of this size is used again, that of all of them together would be mapped anew each time
+        out[site] = [np.empty((sum(sizes), width), kind) for _ in range(count)]
+    work = [(loader, step, count, out, rows, sum(sizes[:i])) for i, loader in enumerate(loaders)]
+    if pool is None:
+        for loader, *arguments in work:
+            loader.fill(*arguments)
+    else:
+        for future in [pool.submit(loader.fill, *arguments) for loader, *arguments in work]:
+            future.result()
+    made = []
+    for i in range(count):
+        batch = {site: out[site][i] if site in one.scales else out[site][i].view(dtype) for site, (_, dtype) in one.sites.items()}
+        made.append(batch | {name: values[rows[i]] for name, values in one.columns.items()})
+    return made
+
+
+class Loaders:
+    """A loader cut into several of some lanes each, which read at one time; what they read does not depend on their number."""
+
+    def __init__(self, loaders: list[Loader]):
+        self.plan, self._loaders = loaders[0].plan, loaders
+        self._pool = ThreadPoolExecutor(len(loaders), thread_name_prefix="activation-lanes") if len(loaders) > 1 else None
+
+    def batches(self, step: int, count: int) -> list[dict[str, np.ndarray]]:
+        """The batches of ``count`` steps of one epoch."""
+        return together(self._loaders, step, count, self._pool)
+
+
 @dataclass(frozen=True)
 class Reading:
     """What is read of a store, and how: the arguments of ``ActivationStore.batches``, checked."""
@@ -146,8 +188,8 @@ class Reading:
     buffer_rows: int
     process: tuple[int, int]
 
-    def loader(self, shards: Sequence[Shard], low: int = 0, high: int | None = None, window: int | None = None) -> Loader:
-        """The loader of the selected rows ``low:high`` of some shards."""
+    def loader(self, shards: Sequence[Shard], low: int = 0, high: int | None = None, window: int | None = None) -> Loaders:
+        """What loads the selected rows ``low:high`` of some shards."""
         store, lanes = self.store, math.gcd(LANES, self.batch_size)
         selected = self.selected(shards)
         if selected is None:
@@ -160,13 +202,17 @@ class Reading:
             selected[kept] = True
             counts = np.add.reduceat(selected.astype(np.int64), chunks[:, 3])
         group_chunks = max(1, self.buffer_rows // (lanes * store.chunk_rows))
-        plan = Plan(counts, self.batch_size, self.seed, group_chunks, lanes, window)
         index, count = self.process
         own = range(index * lanes // count, (index + 1) * lanes // count)
+        parts = next(n for n in range(min(PARTS, os.cpu_count() or 1), 0, -1) if len(own) % n == 0)
         widths = {site: (store.sites[site], store.stored_dtype) for site in self.sites}
         held = {name: store.values(name, shards) for name in self.columns}
         scales = {site: store.values(site, shards) for site in self.sites if store.stored_dtype == np.int8}
-        return Loader(plan, chunks, selected, store.read_chunks, widths, held, own, scales)
+        loaders = []
+        for part in (own[i * len(own) // parts : (i + 1) * len(own) // parts] for i in range(parts)):
+            plan = Plan(counts, self.batch_size, self.seed, group_chunks, lanes, window)  # one for each: it keeps an epoch's order
+            loaders.append(Loader(plan, chunks, selected, store.read_chunks, widths, held, part, scales))
+        return Loaders(loaders)
 
     def selected(self, shards: Sequence[Shard]) -> np.ndarray | None:
         """Which rows of some shards are wanted [rows], None where all are."""

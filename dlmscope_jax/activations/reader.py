@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import UserError
 from .following import PATIENCE, Following, check_enough
-from .loader import LANES, Loader, Reading, column_of
+from .loader import LANES, Loaders, Reading, column_of
 
 if TYPE_CHECKING:
     from .store import ActivationStore
@@ -46,7 +46,7 @@ class Batches(Protocol):
 class Whole:
     """The batches of all shards that were committed when the reading began."""
 
-    def __init__(self, loader: Loader, rows: int, epochs: int | None):
+    def __init__(self, loader: Loaders, rows: int, epochs: int | None):
         self.loader, self.rows, self.steps_per_epoch = loader, rows, loader.plan.steps_per_epoch
         self._stop = None if epochs is None else epochs * self.steps_per_epoch
 

@@ -332,7 +332,7 @@ class ActivationStore:
             raise UserError(f"rows {start}:{stop} are outside of the {self.rows} rows of {self._shown}")
         places = self._places(start, stop)
         pieces = self.read_chunks(site, places)
-        rows = np.concatenate(pieces) if pieces else np.zeros((0, self._header.sites[site]), self.stored_dtype)
+        rows = pieces[0] if len(pieces) == 1 else np.concatenate([*pieces, np.zeros((0, self._header.sites[site]), self.stored_dtype)])
         if self._header.dtype != "int8":
             return rows
         scales = [self._values(site + SCALE, [self._committed()[shard]])[low:high] for shard, low, high in places]

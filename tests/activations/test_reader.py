@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dlmscope_jax.activations import ActivationStore, reader
-from dlmscope_jax.activations.loader import LANES, Loader
+from dlmscope_jax.activations.loader import LANES, Loader, Loaders
 from dlmscope_jax.activations.plan import Plan
 from dlmscope_jax.errors import UserError
 
@@ -247,8 +247,8 @@ def test_the_thread_ends_with_its_iterator(store):
 
 def test_reading_is_ahead_and_bounded(store, monkeypatch):
     made = []
-    inner = Loader.batches
-    monkeypatch.setattr(Loader, "batches", lambda self, step, count: made.append(count) or inner(self, step, count))
+    inner = Loaders.batches
+    monkeypatch.setattr(Loaders, "batches", lambda self, step, count: made.append(count) or inner(self, step, count))
     iterator = store.batches(8, 0)
     next(iterator)
     before = -1
