@@ -33,8 +33,11 @@ STEPS, EVERY, BATCH = 120, 10, 64
 PATIENCE = 60.0  # seconds in which the others must have stopped
 
 
-def work(what: str, folder: Path, cluster: tuple[str | None, int | None, int | None], model: int = 1) -> None:
-    """One process of a harvest into ``folder/store``, or of a training from there into ``folder/run``; mesh: data x ``model``."""
+def work(what: str, folder: Path, steps: int, model: int, cluster: tuple[str | None, int | None, int | None]) -> None:
+    """One process of a harvest into ``folder/store``, or of a training from there into ``folder/run``; mesh: data x ``model``.
+
+    Says when it begins, and which step is done.
+    """
     from dlmscope_jax import distributed
 
     print("begin", flush=True)
@@ -58,7 +61,23 @@ def work(what: str, folder: Path, cluster: tuple[str | None, int | None, int | N
         from dlmscope_jax.training import Checkpoints, train
 
         policy = Checkpoints(every=EVERY, best="loss")
-        train(specs(), ActivationStore.open(folder / "store"), folder / "run", checkpoints=policy, mesh=mesh)
+        train(specs(steps), ActivationStore.open(folder / "store"), folder / "run", checkpoints=policy, progress=Steps(), mesh=mesh)
+
+
+class Steps:
+    """A progress that says the number of every step."""
+
+    done = 0
+
+    def skip(self, count: int) -> None:
+        self.done += count
+
+    def note(self, text: str) -> None:
+        pass
+
+    def advance(self, count: int = 1) -> None:
+        self.done += count
+        print(self.done, flush=True)
 
 
 def blocks() -> Any:
@@ -71,12 +90,12 @@ def blocks() -> Any:
     return Blocks(tokens, documents, tuple(f"document {i}" for i in range(BLOCKS)), "train")
 
 
-def specs() -> list[Any]:
+def specs(steps: int = STEPS) -> list[Any]:
     """What is trained: a plain dictionary, and one with an average and resampling."""
     from dlmscope_jax.dictionaries import TopK
     from dlmscope_jax.training import TrainSpec
 
-    common = {"steps": STEPS, "site": SITE, "batch_size": BATCH, "lr": 1e-3, "sample_rows": 256, "dead_rows": 640}
+    common = {"steps": steps, "site": SITE, "batch_size": BATCH, "lr": 1e-3, "sample_rows": 256, "dead_rows": 640}
     return [TrainSpec(TopK(WIDTH, 64, 4), **common), TrainSpec(TopK(WIDTH, 32, 2), ema=0.9, resample_every=17, label="averaged", **common)]
 
 
@@ -93,7 +112,9 @@ def outcome(what: str, folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): _digest(path.read_bytes()) for path in files}
 
 
-def launch(what: str, folder: Path, processes: int, devices: int = 1, model: int = 1, cache: Path | None = None) -> list[subprocess.Popen]:
+def launch(
+    what: str, folder: Path, processes: int, devices: int = 1, model: int = 1, steps: int = STEPS, cache: Path | None = None
+) -> list[subprocess.Popen]:
     """Starts the processes; what they say on stderr goes to ``folder/stderr-<process>``."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))}
     environment |= {
@@ -112,7 +133,7 @@ def launch(what: str, folder: Path, processes: int, devices: int = 1, model: int
     started = []
     for process in range(processes):
         cluster = [coordinator, str(processes), str(process)] if processes > 1 else []
-        command = [sys.executable, __file__, "--work", what, str(folder), str(model), *cluster]
+        command = [sys.executable, __file__, "--work", what, str(folder), str(steps), str(model), *cluster]
         with open(folder / f"stderr-{process}", "wb") as stderr:
             started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr))
     return started
@@ -247,7 +268,19 @@ def main() -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--work"]:
-        verb, place, over_model, *where = sys.argv[2:]
-        work(verb, Path(place), (where[0], int(where[1]), int(where[2])) if where else (None, None, None), int(over_model))
+        from dlmscope_jax.errors import PeerLost, Preempted
+
+        verb, place, steps, model, *where = sys.argv[2:]
+        cluster = (where[0], int(where[1]), int(where[2])) if where else (None, None, None)
+        try:
+            work(verb, Path(place), int(steps), int(model), cluster)
+        except (PeerLost, Preempted) as error:
+            print(error, file=sys.stderr)
+            code = 75 if isinstance(error, Preempted) else 1
+            if code == 1:
+                from dlmscope_jax import distributed
+
+                distributed.end(code, str(error))
+            sys.exit(code)
     else:
         sys.exit(main())

@@ -207,7 +207,7 @@ def _begin_to_watch(host: str | None) -> None:
         _log.warning("process %d cannot watch process 0 (%s): should one stop, the others notice it late", watch.index, error)
         return
     _watch = watch
-    atexit.register(watch.end)  # runs before jax waits for the others
+    atexit.register(_leave)  # before jax takes down what others may still talk to
     hook = sys.excepthook
 
     def failed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -215,6 +215,12 @@ def _begin_to_watch(host: str | None) -> None:
         end(1, f"{kind.__name__}: {str(error)[:200]}")
 
     sys.excepthook = failed
+
+
+def _leave() -> None:
+    """The normal end: says goodbye and waits for the others."""
+    _watch.end()
+    jax.distributed.shutdown()
 
 
 def _given(coordinator: str | None, processes: int | None, process: int | None) -> tuple[str, int, int] | None:
