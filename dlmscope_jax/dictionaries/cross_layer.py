@@ -128,7 +128,7 @@ class CrossLayer(Dictionary):
 
     # --- rows to codes and back
 
-    def _preactivations(self, params: dict, x: Float[Array, "B D"]) -> Float[Array, "B N"]:
+    def _preactivations(self, params: dict, x: Float[Array, "B D"], axes: Axes = ALONE) -> Float[Array, "B N"]:
         d, n, _ = self.sizes
         read = jnp.einsum("bld,lnd->bln", x.reshape(-1, self.layers, d), params["W_enc"].reshape(self.layers, n, d), precision=_HIGHEST)
         return read.reshape(-1, self.width) + params["b_enc"]
