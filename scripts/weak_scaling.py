@@ -40,7 +40,9 @@ ROWS, LATENTS, DEPTH, K = 512, 4096, 2048, 32
 TOPOLOGIES = {4: "v5e:2x2", 16: "v5e:4x4", 64: "v5e:8x8", 256: "v5e:16x16"}
 DICTIONARIES = {
     "topk": lambda d, n: (TopK(d, n, K), {}),
+    "topk without AuxK": lambda d, n: (TopK(d, n, K), {"settings": LossSettings(aux=0.0)}),
     "batch_topk": lambda d, n: (BatchTopK(d, n, K), {}),
+    "batch_topk without AuxK": lambda d, n: (BatchTopK(d, n, K), {"settings": LossSettings(aux=0.0)}),
     "jumprelu": lambda d, n: (JumpReLU(d, n), {}),
     "binary": lambda d, n: (Binary(d, n), {"settings": LossSettings(entropy=1e-7, covariance=1e-7)}),
     "transcoder": lambda d, n: (TopK(d, n, K, d_out=d, skip=True), {"target": "mlp_out@0"}),

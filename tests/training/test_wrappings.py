@@ -37,7 +37,7 @@ def test_eight_devices_take_the_step_of_one(run_with_devices, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "matryoshka", "annealed"])
 def test_all_meshes_take_the_step_of_one_device(run_with_devices, name, devices):
     run_with_devices(HELPERS + f"check({name!r}, *{SMALL.get(devices, EIGHT)})", n_devices=devices, timeout=900)
 

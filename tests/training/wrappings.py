@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp  # noqa: F401  # of the scripts that import all of this
 import numpy as np
 
-from dlmscope_jax.dictionaries import BatchTopK, Binary, JumpReLU, LossSettings, TopK
+from dlmscope_jax.dictionaries import BatchTopK, Binary, JumpReLU, LossSettings, Matryoshka, TopK
 from dlmscope_jax.distributed import make_mesh, row_sharding
 from dlmscope_jax.training import TrainSpec, init_state, make_step, state_shardings
 
@@ -17,6 +17,8 @@ SPECS = {
     "transcoder": TrainSpec(TopK(D, N, 3, d_out=6, skip=True, input_bias=True), target="out", **_AUX, steps=100, batch_size=B, lr=1e-3),
     "jumprelu": TrainSpec(JumpReLU(D, N), settings=LossSettings(sparsity=0.03), steps=100, batch_size=B, lr=1e-3, sparsity_warmup=3),
     "batch_topk": TrainSpec(BatchTopK(D, N, 4, k_aux=5), **_AUX, steps=100, batch_size=B, lr=1e-3),
+    "matryoshka": TrainSpec(Matryoshka(D, N, 4, k_aux=5), **_AUX, steps=100, batch_size=B, lr=1e-3),
+    "annealed": TrainSpec(BatchTopK(D, N, 2, k_aux=5), **_AUX, steps=100, batch_size=B, lr=1e-3, k_start=6, k_anneal_steps=10),
     "binary": TrainSpec(Binary(D, N), settings=LossSettings(entropy=1e-3, covariance=1e-3), steps=100, batch_size=B, lr=1e-3),
 }  # fmt: skip
 # dead latents at the start: none, as many as k_aux takes, more of them
@@ -96,7 +98,7 @@ def check(name: str, *meshes: tuple[int, ...], parallel: str = "shard_map") -> N
     """The step of ``SPECS[name]`` on meshes (data, model) or (replica, data, model) against that of one device."""
     spec = SPECS[name]
     alone = make_step(spec)
-    dead = DEAD if name in ("topk", "transcoder", "batch_topk") else (0,)
+    dead = DEAD if spec.settings_used.aux else (0,)
     first = [jax.device_get(run(spec, alone, start(spec, dead=n), 1)) for n in dead]
     last = jax.device_get(run(spec, alone, start(spec, dead=dead[-1]), STEPS))
     for sizes in meshes:

@@ -116,8 +116,8 @@ def _from_pairs(arguments: tuple, winners: Winners, group: Array, groups: int) -
 
 def _from_all(arguments: tuple, winners: Winners, group: Array, groups: int) -> tuple[Array, Array]:
     """The parts from the code written out, and the code."""
-    *encoder, decoder = arguments
-    code = written_out(*encoder, winners.words)
+    x, weight, bias, shift, decoder = arguments
+    code = written_out(x, weight, bias, shift, winners.words)
     if groups == 1:
         return reference.matmul(code, decoder)[None], code
     return jnp.stack([reference.matmul(jnp.where(group == g, code, 0.0), decoder) for g in range(groups)]), code
