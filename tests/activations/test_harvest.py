@@ -371,3 +371,43 @@ def test_progress_is_counted_while_it_runs(tmp_path, blocks, dlm):
     times = []
     harvest(*dlm, blocks, tmp_path / "s", SITES[:1], HALF, batch_size=4, progress=lambda rows: times.append((rows, time.monotonic())))
     assert len(times) == 6
+
+
+class Windows:
+    """The blocks four at a time, as a stream gives them; remembers who asked for what."""
+
+    window, side, digest, padded = 4, "train", "d", True
+
+    def __init__(self, blocks):
+        self.blocks, self.length, self.asked = blocks, blocks.tokens.shape[1], []
+
+    def __len__(self):
+        return len(self.blocks)
+
+    def take(self, rows):
+        self.asked.append((rows.start, rows.stop))
+        return self.blocks.take(rows)
+
+
+def test_blocks_that_come_in_windows(tmp_path, blocks, dlm):
+    documents = blocks.documents.copy()
+    documents[4:8], documents[18:] = -1, -1  # a window without text, and none at the end of the last one
+    padded = replace(blocks, documents=documents)
+    windows = Windows(padded)
+    store = harvest(*dlm, windows, tmp_path / "s", SITES[:1], HALF, batch_size=3, dtype="float32")
+    assert windows.asked == [(0, 4), (4, 8), (8, 12), (12, 16), (16, 20), (20, 21)]
+    assert store.meta["blocks"] == {"digest": "d", "count": 21, "length": LENGTH, "side": "train"} and store.meta["shard_blocks"] == 4
+    whole = harvest(*dlm, padded, tmp_path / "t", SITES[:1], HALF, batch_size=3, dtype="float32", shard_blocks=4)
+    assert store.rows == whole.rows == rows_of(padded)
+    for name in store.columns:
+        np.testing.assert_array_equal(store.column(name), whole.column(name))
+    np.testing.assert_array_equal(store.read("resid_post@0"), whole.read("resid_post@0"))
+    store.forget([0, 4])
+    again = Windows(padded)
+    assert harvest(*dlm, again, tmp_path / "s", SITES[:1], HALF, batch_size=3, dtype="float32").rows == whole.rows
+    assert again.asked == [(0, 4), (16, 20)]
+    with pytest.raises(UserError, match="shard_blocks is 5, but the blocks come in windows of 4"):
+        harvest(*dlm, windows, tmp_path / "u", SITES[:1], HALF, shard_blocks=5)
+    windows.blocks = replace(padded, tokens=padded.tokens + 40)
+    with pytest.raises(UserError, match="made with another tokenizer"):
+        harvest(*dlm, windows, tmp_path / "u", SITES[:1], HALF)
