@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dlmscope_jax import distributed
+from dlmscope_jax.activations.forward import forward
 from dlmscope_jax.errors import UserError
 from dlmscope_jax.models import Transformer, canonical_site, init_params, parse_site, read_model, site_width
 from dlmscope_jax.models.sharding import partition_specs
@@ -294,11 +295,9 @@ def _compiled(what: str, trace: Callable[[], Any]) -> Any:
 
 
 def _trace_forward(run: Run, model: Transformer, sites: tuple[str, ...], where: Any) -> Any:
-    from dlmscope_jax.activations.forward import forward, key_words
-
     model = model.clone(mesh=where if isinstance(where, Mesh) else None)
     batch, length = run.harvest.batch_size, run.data.block_length
-    words = key_words(run.seed)
+    words = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     policy = run.harvest.policy if model.diffusion is not None else "clean"
     return forward.trace(
         model, _abstract_params(model, where), _placed(words, where), _rows(where, (batch, length), jnp.int32),
