@@ -141,7 +141,7 @@ def _loop(runs: list["_Run"], rows: Source, steps: int, every: int, progress: Pr
                 progress.note(_words([run.latest for run in runs if run.latest]))
                 progress.advance()
 
-    step, preempted = start - 1, False
+    step, preempted, late = start - 1, False, False
     try:
         with distributed.preemption() as asked, distributed.together():
             batch = _placed(next(batches), mesh) if start < steps else {}
@@ -162,6 +162,7 @@ def _loop(runs: list["_Run"], rows: Source, steps: int, every: int, progress: Pr
             settle(0)
             for run in runs:
                 run.saved()
+            late = not preempted and asked()
     except BaseException as error:
         if not isinstance(error, PeerLost):
             for run in runs:
@@ -176,6 +177,8 @@ def _loop(runs: list["_Run"], rows: Source, steps: int, every: int, progress: Pr
         raise Preempted(f"SIGTERM: training is saved at step {step + 1:,} of {steps:,}; the same command goes on from there")
     for run in runs:
         run.finish()
+    if late:
+        raise Preempted("SIGTERM: this training is done and saved; the same command goes on from there")
 
 
 class _Run:

@@ -1,5 +1,6 @@
 """A checkpoint is whole, or it is not used."""
 
+import json
 import logging
 import shutil
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from dlmscope_jax.errors import UserError
-from dlmscope_jax.training import checkpoints, init_state, load_latest, save_checkpoint
+from dlmscope_jax.training import Checkpoints, checkpoints, init_state, load_latest, save_checkpoint
 
 from .conftest import assert_same_bits, small_spec, sparse_rows
 
@@ -48,24 +49,40 @@ def test_nothing_there_is_no_error(tmp_path, state):
     assert load_latest(tmp_path / "none", state, RUN) is None
 
 
-def test_every_flipped_byte_is_noticed(folder):
+def test_two_hundred_flipped_bits_are_noticed_and_named(folder):
     newest = folder / "step_00000010"
     checkpoints.verify(newest)
     rng = np.random.default_rng(0)
-    files = [path for path in newest.rglob("*") if path.is_file()]
+    files = [path for path in newest.rglob("*") if path.is_file() and path.stat().st_size]
     assert len(files) >= 5
+    for _ in range(200):
+        path = files[rng.integers(len(files))]
+        whole = path.read_bytes()
+        at = int(rng.integers(len(whole)))
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << int(rng.integers(8)))]) + whole[at + 1 :])
+        with pytest.raises(checkpoints.Damaged, match=path.name):
+            checkpoints.verify(newest)
+        path.write_bytes(whole)
     for path in files:
         whole = path.read_bytes()
-        for _ in range(5 if whole else 0):
-            at = int(rng.integers(len(whole)))
-            path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << int(rng.integers(8)))]) + whole[at + 1 :])
-            with pytest.raises(checkpoints.Damaged):
-                checkpoints.verify(newest)
         path.write_bytes(whole + b"x")
         with pytest.raises(checkpoints.Damaged):
             checkpoints.verify(newest)
         path.write_bytes(whole)
     checkpoints.verify(newest)
+
+
+def test_shares_of_a_verification_cover_every_file(folder):
+    newest = folder / "step_00000010"
+    arrays = max((newest / "state").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    arrays.write_bytes(arrays.read_bytes()[::-1])
+    noticed = 0
+    for i in range(3):
+        try:
+            checkpoints.verify(newest, (i, 3))
+        except checkpoints.Damaged:
+            noticed += 1
+    assert noticed == 1
 
 
 @pytest.mark.parametrize("damage", ["flip", "no digests", "missing file", "extra file", "renamed", "dtype"])
@@ -123,3 +140,72 @@ def test_a_full_disk_leaves_the_older_checkpoints(folder, state, monkeypatch):
         save_checkpoint(folder, 15, state, RUN)
     assert sorted(path.name for path in folder.iterdir()) == ["step_00000005", "step_00000010"]
     assert load_latest(folder, state, RUN)[0] == 10
+
+
+def test_the_state_may_be_donated_as_soon_as_saving_has_begun(tmp_path, state):
+    following = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + jnp.ones_like(leaf), tree), donate_argnums=0)
+    mine = jax.tree.map(jnp.copy, state)
+    wait = checkpoints.begin_checkpoint(tmp_path, 1, mine, RUN)
+    for _ in range(20):
+        mine = following(mine)
+    assert wait() == tmp_path / "step_00000001"
+    assert_same_bits(load_latest(tmp_path, state, RUN)[1], state)
+
+
+def test_the_best_stays_however_old(tmp_path, state):
+    policy = Checkpoints(keep=2, best="loss")
+    for step, loss in enumerate([5.0, 3.0, 4.0, None, 3.0, 6.0], 1):
+        save_checkpoint(tmp_path, step, state, RUN, policy, {"loss": loss, "explained_variance": 0.5})
+    assert checkpoints.checkpoint_steps(tmp_path) == [2, 5, 6]
+    assert checkpoints.best_checkpoint(tmp_path, policy) == (2, 3.0)
+    assert checkpoints.best_checkpoint(tmp_path, Checkpoints(best="explained_variance")) == (2, 0.5)
+    assert checkpoints.best_checkpoint(tmp_path, Checkpoints()) is None
+    save_checkpoint(tmp_path, 7, state, RUN, policy, {"loss": 2.0, "explained_variance": 0.5})
+    assert checkpoints.checkpoint_steps(tmp_path) == [6, 7]
+
+
+def test_another_format_is_refused(folder, state):
+    digests = folder / "step_00000010" / "digests.json"
+    content = json.loads(digests.read_text())["content"]
+    for changed in ({**content, "format": 3}, {name: value for name, value in content.items() if name != "format"}):
+        digests.write_text(json.dumps({"content": changed, "sha256": checkpoints._digest(changed)}))
+        with pytest.raises(UserError, match=rf"has format {changed.get('format', 1)}, this package reads 2"):
+            load_latest(folder, state, RUN)
+
+
+@pytest.mark.parametrize(("field", "value"), [("every", 0), ("keep", 0), ("keep", 1.5), ("best", "l0")])
+def test_policies_that_mean_nothing(field, value):
+    with pytest.raises(UserError, match=f"Checkpoints: {field}"):
+        Checkpoints(**{field: value})
+
+
+def test_restored_on_any_mesh_bit_by_bit(run_with_devices, tmp_path):
+    out = run_with_devices(
+        f"""
+        import jax, numpy as np
+        from dlmscope_jax.dictionaries import TopK
+        from dlmscope_jax.distributed import make_mesh
+        from dlmscope_jax.training import TrainSpec, init_state, load_latest, save_checkpoint, state_shardings
+
+        spec = TrainSpec(TopK(8, 16, 2), steps=10, batch_size=8, ema=0.9)
+        meshes = [make_mesh(data, 4 // data, devices=jax.devices()[:4]) for data in (1, 2, 4)]
+        sample = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
+        first = init_state(spec, sample=sample, mesh=meshes[1])
+        save_checkpoint({str(tmp_path)!r}, 3, first, {{}})
+        like = jax.eval_shape(lambda: init_state(spec))
+        for mesh in meshes:
+            places = state_shardings(spec, mesh)
+            wanted = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), like, places)
+            step, found = load_latest({str(tmp_path)!r}, wanted, {{}})
+            assert step == 3
+            for place, a, b in zip(jax.tree.leaves(places), jax.tree.leaves(first), jax.tree.leaves(found), strict=True):
+                assert b.sharding.is_equivalent_to(place, b.ndim)
+                assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+        step, found = load_latest({str(tmp_path)!r}, like, {{}})
+        assert len(found.params["W_enc"].devices()) == 1
+        assert np.asarray(found.params["W_enc"]).tobytes() == np.asarray(first.params["W_enc"]).tobytes()
+        print("well")
+        """,
+        n_devices=4,
+    )
+    assert "well" in out
