@@ -32,6 +32,9 @@ from .losses import LossParts, LossSettings, squared, total
 _RATE = 0.01
 
 
+_Encoder = tuple[Array, Array, Array, Array | None]  # rows, weight, bias, shift
+
+
 @struct.dataclass
 class _Tally:
     """What a loss reports of codes that are nowhere written down: active latents of each row, active rows of each latent."""
@@ -119,9 +122,9 @@ class BatchTopK(WithAuxK):
             values = jnp.where(among_largest(chosen, k * n_rows), values, 0.0)
         return FlatSparse(values, rows, latents, (n_rows,))
 
-    def _winners(self, params: dict, x: Float[Array, "B D"], k: int | Int[Array, ""] | None, axes: Axes) -> tuple[tuple, Winners]:
+    def _winners(self, params: dict, x: Float[Array, "B D"], k: int | Int[Array, ""] | None, axes: Axes) -> tuple[_Encoder, Winners]:
         """What the encoder of this device's latents reads, and which of its pre-activations the whole batch keeps."""
-        encoder = axes.shared(x), params["W_enc"], params["b_enc"], self._shift(params, axes)
+        encoder: _Encoder = axes.shared(x), params["W_enc"], params["b_enc"], self._shift(params, axes)
         share = -(-self.k * len(x) // axes.latent_parts)
         count = (self.k if k is None else k) * (len(x) * axes.row_parts)
         return encoder, encode_winners(*encoder, count, self.ROOM * share, axes, selection=self.selection)
@@ -146,7 +149,7 @@ class BatchTopK(WithAuxK):
         if dead is not None:
             measured["aux"], terms["aux"] = self._aux(params, x, residual, dead, settings, axes)
         statistics = {"threshold": jnp.where(jnp.isfinite(least), least, 0.0)}
-        return total(terms), self._parts(residual, target, codes, terms, measured, statistics, axes)
+        return total(terms), self._parts(residual, target, codes, terms, measured, statistics, axes)  # type: ignore[arg-type]  # _Tally
 
     def _decoded(
         self, params: dict, x: Float[Array, "B D"], k: int | Int[Array, ""] | None, axes: Axes
