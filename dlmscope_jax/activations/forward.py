@@ -4,6 +4,7 @@ What happens to a block depends on (key, index of the block) alone, wherever it 
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +93,7 @@ def forward(
     return over_rows((taps, corrupted, is_masked, rate), model.mesh)
 
 
-def over_rows(tree: "jax.typing.ArrayLike | dict | tuple", mesh: Mesh | None) -> "dict | tuple | Array":
+def over_rows(tree: Any, mesh: Mesh | None) -> Any:
     """Inside a jitted function: the arrays divided over the mesh's rows along their first dimension."""
     return tree if mesh is None else jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, row_sharding(mesh)), tree)
 

@@ -132,24 +132,25 @@ def harvest(
         progress(store.rows)
     shift = model.diffusion is not None and model.diffusion.shift
     cut = Cut(len(blocks), per_shard, batch_size // parts, frozenset(s.shard for s in store.shards), groups)
-    for shard, piece, (taps, *read) in passes(run, take, length, cut, mesh):
+    for shard, piece, (taps, corrupted, is_masked, rate) in passes(run, take, length, cut, mesh):
         if not shard.rows:
             n = rows_of(shard.blocks)
             shard.rows = {name: np.empty((n, width), row_dtype(dtype)) for name, width in store.sites.items()}
             shard.rows |= {name: np.empty(n, kind) for name, kind in COLUMNS.items()}
-        first = cut.range(shard.number).start
+        first = cut.blocks_of(shard.number).start
         here = shard.blocks.take(slice(piece.start - first, piece.stop - first))
         keep = here.documents >= 0
         to = slice(shard.filled, shard.filled + int(keep.sum()))
         for name, tap in taps.items():
             values = np.asarray(tap)[: len(piece)]
             shard.rows[name][to] = values.reshape(-1, values.shape[-1]) if keep.all() else values[keep]
-        for name, column in _columns(here, np.asarray(piece), *(np.asarray(array) for array in read), shift).items():
+        read = np.asarray(corrupted), np.asarray(is_masked), np.asarray(rate)
+        for name, column in _columns(here, np.asarray(piece), *read, shift).items():
             shard.rows[name][to] = column[keep]
         shard.filled = to.stop
         if progress is not None:
             progress(to.stop - to.start)
-        if piece.stop == cut.range(shard.number).stop:
+        if piece.stop == cut.blocks_of(shard.number).stop:
             store.write_shard(shard.number, shard.rows)
     store.flush()
     distributed.barrier("harvest: all shards are written")

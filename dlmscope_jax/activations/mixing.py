@@ -64,32 +64,33 @@ class Order:
         self.length, self.per_pass, self.lanes, self.span, self.seed = length, per_pass, lanes, span, seed
         self.first = (span + 1) // 2  # passes before the first batch
         self._counts, self._selected = counts, selected
-        self._dealt: list[np.ndarray] = []  # of each epoch [passes, per_pass]
-        self.sizes = np.zeros((0, lanes), np.int64)  # selected rows of each pass and lane
+        self._epochs = self._per_epoch = 0  # that are planned, and passes of each
+        self._dealt: dict[int, np.ndarray] = {}  # of each epoch [passes, per_pass]
+        # from pass or stage ``_base`` on, what is long past is forgotten:
+        self._base = 0
+        self._sizes = np.zeros((0, lanes), np.int64)  # selected rows of each pass and lane
+        self._come = np.zeros((0, lanes), np.int64)  # those and all before
         self._shifts = np.zeros((0, lanes), np.int64)
         self._gone = np.zeros((0, lanes), np.int64)  # rows that have left by the end of each stage
 
     def gone(self, stage: int) -> np.ndarray:
         """[lanes] rows that have left by the end of a stage, 0 before the first one."""
-        while len(self._gone) <= stage:
+        while self._base + len(self._gone) <= stage:
             self._extend()
-        return self._gone[stage] if stage >= 0 else np.zeros(self.lanes, np.int64)
-
-    def come(self, stage: int) -> np.ndarray:
-        """[lanes] rows of all passes that a stage needs and those before them."""
-        while len(self.sizes) < stage + self.first:
-            self._extend()
-        return self._come[stage + self.first - 1]
+        return self._gone[stage - self._base] if stage >= 0 else np.zeros(self.lanes, np.int64)
 
     def stage_of(self, rows: int) -> int:
         """The first stage at whose end a lane has let more than ``rows`` rows go."""
         while not len(self._gone) or self._gone[-1].max() <= rows:
             self._extend()
-        return int(np.searchsorted(self._gone.max(axis=1), rows, side="right"))
+        return self._base + int(np.searchsorted(self._gone.max(axis=1), rows, side="right"))
 
     def capacity(self, share: int, stages: int) -> int:
-        """The most rows of a lane that wait at a time, over the first stages, when a batch takes ``share`` rows of each lane."""
-        self.come(stages - 1), self.gone(stages - 1)
+        """The most rows of a lane that wait at a time, over the first stages, when a batch takes ``share`` rows of each lane.
+
+        Has to be asked for first.
+        """
+        self.gone(stages - 1)
         come = self._come[self.first - 1 : self.first - 1 + stages].max(axis=1)
         gone = np.concatenate([[0], self._gone[: stages - 1].min(axis=1)])
         return int((come - gone // share * share).max())
@@ -100,17 +101,19 @@ class Order:
 
     def window(self, number: int) -> Window:
         """A pass, by its number."""
-        epoch, index = divmod(number, self._per_epoch(number))
+        while self._epochs * self._per_epoch <= number:
+            self._extend()
+        epoch, index = divmod(number, self._per_epoch)
         blocks = self._dealt[epoch][index]
         keep = self._selected(epoch, blocks)
         row = np.flatnonzero(keep)
         lane = row // (keep.size // self.lanes)
         # a random order within each lane
         row = row[np.argsort(lane + np.random.default_rng([self.seed, _STAGES, number]).random(len(row)))]
-        size = self.sizes[number]
+        size = self._sizes[number - self._base]
         rank = np.arange(len(row)) - (np.cumsum(size) - size)[lane]
         begin, portions = self._stages(number)
-        stage = begin + (rank * _UNIT + self._shifts[number][lane]) * portions // (size[lane] * _UNIT)
+        stage = begin + (rank * _UNIT + self._shifts[number - self._base][lane]) * portions // (size[lane] * _UNIT)
         return Window(blocks, epoch, row, lane, stage)
 
     def shuffled(self, stage: int, lane: np.ndarray) -> np.ndarray:
@@ -122,55 +125,62 @@ class Order:
         begin = np.maximum(0, np.asarray(number) - self.first + 1)
         return begin, number - self.first + self.span - begin + 1
 
-    def _per_epoch(self, number: int) -> int:
-        if not self._dealt:
-            self._extend()
-        per_epoch = len(self._dealt[0])
-        while len(self.sizes) <= number:
-            self._extend()
-        return per_epoch
-
     def _extend(self) -> None:
         """Plans one epoch more."""
-        epoch = len(self._dealt)
+        epoch = self._epochs
         counts = self._counts(epoch)
         order = np.random.default_rng([self.seed, _BLOCKS, epoch]).permutation(len(counts))
         order = np.concatenate([order, np.full(-len(order) % self.per_pass, -1)])
         counts = np.append(counts, 0)  # of block -1
         rounds = order.reshape(-1, self.lanes)  # of each round, every lane gets one block
-        total = self._come[-1].copy() if epoch else np.zeros(self.lanes, np.int64)
-        dealt = np.empty_like(rounds)
+        before = self._come[-1] if epoch else np.zeros(self.lanes, np.int64)
+        total, dealt = before.copy(), np.empty_like(rounds)
         for i, blocks in enumerate(rounds):
             n = counts[blocks]
             if n.min() < n.max():  # the longest block to the lane that has had least
-                dealt[i, np.argsort(total, kind="stable")] = blocks = blocks[np.argsort(-n, kind="stable")]
+                dealt[i, np.argsort(total, kind="stable")] = blocks[np.argsort(-n, kind="stable")]
             else:
                 dealt[i] = blocks
             total += counts[dealt[i]]
         # [passes, rounds of a pass, lanes] -> slots lane by lane
-        dealt = dealt.reshape(-1, self.per_pass // self.lanes, self.lanes).swapaxes(1, 2)
-        self._dealt.append(dealt.reshape(-1, self.per_pass))
-        self.sizes = np.concatenate([self.sizes, counts[dealt].sum(axis=2)])
-        self._come = np.cumsum(self.sizes, axis=0)
-        random = np.random.default_rng([self.seed, _SHIFTS, epoch])
-        self._shifts = np.concatenate([self._shifts, random.integers(_UNIT, size=(len(dealt), self.lanes))])
-        self._gone = np.concatenate([self._gone, self._rows_gone(len(self._gone), len(self.sizes) - self.first + 1)])
+        slots = dealt.reshape(-1, self.per_pass // self.lanes, self.lanes).swapaxes(1, 2)
+        self._dealt[epoch] = slots.reshape(-1, self.per_pass)
+        sizes = counts[slots].sum(axis=2)
+        shifts = np.random.default_rng([self.seed, _SHIFTS, epoch]).integers(_UNIT, size=sizes.shape)
+        self._epochs, self._per_epoch = epoch + 1, len(sizes)
+        self._sizes = np.concatenate([self._sizes, sizes])
+        self._come = np.concatenate([self._come, before + np.cumsum(sizes, axis=0)])
+        self._shifts = np.concatenate([self._shifts, shifts])
+        start, stop = self._base + len(self._gone), self._base + len(self._sizes) - self.first + 1
+        self._gone = np.concatenate([self._gone, self._rows_gone(start, stop)])
+        self._forget(self._epochs * self._per_epoch - 2 * (self.span + self._per_epoch))
 
     def _rows_gone(self, start: int, stop: int) -> np.ndarray:
         """``gone`` of stages ``start:stop``: passes that have let all rows go, and what others have let go in the stages so far."""
         stages = np.arange(start, max(start, stop))
         oldest = stages + self.first - self.span
-        found = np.where((oldest > 0)[:, None], self._come[np.maximum(oldest - 1, 0)], 0)
+        found = np.where((oldest > 0)[:, None], self._come[np.maximum(oldest - 1 - self._base, 0)], 0)
         for ahead in range(self.span):
             number = oldest + ahead
             there = number >= 0
             number = np.maximum(number, 0)
             begin, portions = self._stages(number)
-            size = self.sizes[number]
+            size, shift = self._sizes[number - self._base], self._shifts[number - self._base]
             # rank * unit + shift < so much
             limit = -(-((stages - begin + 1)[:, None] * size * _UNIT) // portions[:, None])
-            found += np.where(there[:, None], np.clip(-(-(limit - self._shifts[number]) // _UNIT), 0, size), 0)
+            found += np.where(there[:, None], np.clip(-(-(limit - shift) // _UNIT), 0, size), 0)
         return found
+
+    def _forget(self, before: int) -> None:
+        """Lets passes and stages before one go, when they are many: who walks through an order goes forward."""
+        past = before - self._base
+        if past <= max(2 * self._per_epoch, 1000):
+            return
+        self._sizes, self._come, self._shifts, self._gone = (
+            array[past:] for array in (self._sizes, self._come, self._shifts, self._gone)
+        )  # fmt: skip
+        self._base = before
+        self._dealt = {epoch: dealt for epoch, dealt in self._dealt.items() if (epoch + 1) * self._per_epoch > before}
 
 
 @dataclass(frozen=True)

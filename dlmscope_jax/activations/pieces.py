@@ -57,7 +57,7 @@ class Cut:
         """The number of all shards."""
         return -(-self.blocks // self.per_shard)
 
-    def range(self, shard: int) -> range:
+    def blocks_of(self, shard: int) -> range:
         """The indices of a shard's blocks."""
         return range(shard * self.per_shard, min((shard + 1) * self.per_shard, self.blocks))
 
@@ -67,11 +67,11 @@ class Cut:
         A shard's number alone says whose it is: blocks that come in windows are read in lanes, and a lane has one reader.
         """
         mine = [shard for shard in range(group, self.shards, self.groups) if shard not in self.done]
-        return [(shard, blocks[at : at + self.per]) for shard in mine for blocks in [self.range(shard)] for at in self.starts(shard)]
+        return [(shard, blocks[at : at + self.per]) for shard in mine for blocks in [self.blocks_of(shard)] for at in self.starts(shard)]
 
     def starts(self, shard: int) -> range:
         """Where in a shard its pieces begin."""
-        return range(0, len(self.range(shard)), self.per)
+        return range(0, len(self.blocks_of(shard)), self.per)
 
     def passes(self, at_once: int) -> int:
         """How many forward passes there are when each takes ``at_once`` pieces of every group."""
@@ -120,9 +120,9 @@ def passes(
         real, indices = np.ones(tokens.shape, bool), np.zeros((n, cut.per), np.int32)
         for place, (number, piece) in enumerate(mine[turn * n : (turn + 1) * n]):
             if shard is None or number != shard.number:
-                shard = OpenShard(number, take(cut.range(number)))
+                shard = OpenShard(number, take(cut.blocks_of(number)))
             filled = np.minimum(np.arange(piece.start, piece.start + cut.per), piece.stop - 1)
-            within = filled - cut.range(number).start
+            within = filled - cut.blocks_of(number).start
             tokens[place], indices[place] = shard.blocks.tokens[within], filled
             real[place] = shard.blocks.documents[within] >= 0
             fed.append((shard, piece))
