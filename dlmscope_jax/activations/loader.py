@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -149,12 +150,12 @@ def together(loaders: "Sequence[Loader]", step: int, count: int, pool: ThreadPoo
         kind = np.float32 if site in one.scales else f"u{dtype.itemsize}"
         # each batch by itself: memory of this size is used again, that of all of them together would be mapped anew each time
         out[site] = [np.empty((sum(sizes), width), kind) for _ in range(count)]
-    work = [(loader, step, count, out, rows, sum(sizes[:i])) for i, loader in enumerate(loaders)]
+    work = [partial(loader.fill, step, count, out, rows, sum(sizes[:i])) for i, loader in enumerate(loaders)]
     if pool is None:
-        for loader, *arguments in work:
-            loader.fill(*arguments)
+        for part in work:
+            part()
     else:
-        for future in [pool.submit(loader.fill, *arguments) for loader, *arguments in work]:
+        for future in [pool.submit(part) for part in work]:
             future.result()
     made = []
     for i in range(count):

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 HEADER, MANIFEST, COMPLETE = "store.json", "manifest.jsonl", "COMPLETE"
 FORMAT, VERSION = "dlmscope-activations", 2
+ANSWER = 20.0  # seconds
+_LOCAL = ("file://", "memory://")
 STORED = ("bfloat16", "float16", "float32", "int8")
 OLDEST = 1  # without int8, several writers and marks
 
@@ -95,7 +97,11 @@ def reason(error: BaseException) -> str:
 def open_location(url: str | os.PathLike[str]) -> "tuple[str, ts.KvStore]":
     """The key-value store behind a plain path or any URL that tensorstore knows (``file://``, ``gs://``, ``s3://``, ``memory://``).
 
-    Returns the URL as shown to people (a plain path stays one) and the opened store. Raises ``UserError`` for an unknown scheme.
+    Returns the URL as shown to people (a plain path stays one) and the opened store.
+
+    Raises:
+      UserError: an unknown scheme, or a server that does not answer within ``ANSWER`` seconds: without a network, a bucket or credentials
+        tensorstore would go on trying for minutes.
     """
     import tensorstore as ts
 
@@ -104,7 +110,17 @@ def open_location(url: str | os.PathLike[str]) -> "tuple[str, ts.KvStore]":
         raise UserError("the location of an activation store is empty: give a folder or a URL")
     full = shown if "://" in shown else "file://" + _quote(os.path.abspath(shown))
     with storage_errors(f"cannot open {shown!r} as a location for activations"):
-        return shown, ts.KvStore.open(full.rstrip("/") + "/", context=context()).result()
+        kv = ts.KvStore.open(full.rstrip("/") + "/", context=context()).result()
+    if not full.startswith(_LOCAL):
+        advice = "check the name of the bucket, the network, and the credentials of this machine"
+        with storage_errors(f"cannot read {shown}", advice):
+            answer = kv.read(HEADER)
+            try:
+                answer.result(timeout=ANSWER)
+            except TimeoutError:
+                answer.cancel()
+                raise UserError(f"{shown} did not answer within {ANSWER:g} s: {advice}") from None
+    return shown, kv
 
 
 def _quote(path: str) -> str:
