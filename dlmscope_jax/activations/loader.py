@@ -120,14 +120,18 @@ class Loader:
                 if chunk not in index:  # nothing selected in it
                     continue
                 before = int(ends[place] - plan.counts[chunk])
-                kept = self._rows_of(chunk)[max(0, group.low - before) : group.high - before]
-                to = slice(filled, filled + len(kept))
-                original[to] = self.chunks[chunk, 3] + kept
-                for site, pool in self._pool.items():
-                    values = data[site][index[chunk]]
-                    # all rows of a chunk are a slice, which NumPy copies faster than a choice
-                    part = values[kept[0] : kept[-1] + 1] if self.selected is None else values.take(kept, axis=0)
-                    pool[i * room + to.start : i * room + to.stop] = part
+                low, high = max(0, group.low - before), min(group.high - before, int(plan.counts[chunk]))
+                to, first = slice(filled, filled + high - low), int(self.chunks[chunk, 3])
+                if self.selected is None:
+                    original[to] = np.arange(first + low, first + high)
+                    for site, pool in self._pool.items():
+                        # all rows between two are a slice, which NumPy copies faster than a choice
+                        pool[i * room + to.start : i * room + to.stop] = data[site][index[chunk]][low:high]
+                else:
+                    kept = self._rows_of(chunk)[low:high]
+                    original[to] = first + kept
+                    for site, pool in self._pool.items():
+                        pool[i * room + to.start : i * room + to.stop] = data[site][index[chunk]].take(kept, axis=0)
                 filled = to.stop
             permutation = plan.permutation(group)
             self._slot[i, :size] = i * room + permutation
@@ -136,8 +140,6 @@ class Loader:
 
     def _rows_of(self, chunk: int) -> np.ndarray:
         _, start, stop, first = self.chunks[chunk]
-        if self.selected is None:
-            return np.arange(stop - start)
         return np.flatnonzero(self.selected[first : first + stop - start])
 
 
