@@ -39,12 +39,14 @@ class Cursor:
     """Where a window begins.
 
     Attributes:
-      unit: which of the lane's parts of files, counted on where the text is read again.
+      epoch: how often the lane has read through parts of files.
+      unit: which of those that it is reading.
       at: where in it: the row of a parquet file, the byte of a JSON file, -1 for its beginning.
       token: tokens of the document there that earlier windows have.
       documents: how many of the lane's documents began before.
     """
 
+    epoch: int = 0
     unit: int = 0
     at: int = -1
     token: int = 0
@@ -135,6 +137,7 @@ class _answers:
 
 
 class _Document(NamedTuple):
+    epoch: int
     unit: int
     at: int
     after: int
@@ -172,7 +175,7 @@ class StreamedBlocks:
           count: blocks in all.
           window: consecutive blocks that one lane makes, those of one shard.
           column: of the text.
-          repeat: a lane whose text has ended reads it again; otherwise the rest of its blocks are padding.
+          repeat: a lane whose text has ended reads another's, and in the end its own again; otherwise the rest of its blocks are padding.
           notes: a folder where the cursors are kept, None: in memory.
 
         Raises:
@@ -234,11 +237,11 @@ class StreamedBlocks:
             owner[filled : filled + len(part)] = number * LANES + lane
             filled += len(part)
             if start + len(part) < len(ids):  # the rest belongs to the next window, which needs this document again
-                following = Cursor(document.unit, document.at, start + len(part), number)
+                following = Cursor(document.epoch, document.unit, document.at, start + len(part), number)
                 documents = _again(document, ids, documents)
             else:
                 number += 1
-                following = Cursor(document.unit, document.after, 0, number)
+                following = Cursor(document.epoch, document.unit, document.after, 0, number)
             start = 0
             if filled == need:
                 break
@@ -259,21 +262,23 @@ class StreamedBlocks:
                 yield document, np.asarray(ids + end, np.int32)
 
     def _documents(self, lane: int, cursor: Cursor) -> Iterator[_Document]:
-        """The lane's documents of this side, from the cursor on; without end where they are read again."""
-        mine = range(lane, len(self._names) * self._parts, LANES)
-        unit, at, any_here = cursor.unit, cursor.at, True
-        while len(mine):
-            epoch, place = divmod(unit, len(mine))
-            if place == 0 and at < 0:
-                if (epoch and not self._repeat) or not any_here:
-                    return
-                any_here = False
-            file, part = divmod(mine[place], self._parts)
-            for where, after, text in self._texts(self._names[file], part, at):
-                if text.strip() and _side(text) == self._side:
-                    any_here = True
-                    yield _Document(unit, where, after, text)
-            unit, at = unit + 1, -1
+        """The lane's documents of this side, from the cursor on; without end where they are read again.
+
+        Each time it has read all of a lane's parts, it goes on with the next lane's, so that one without text has some too.
+        """
+        epoch, unit, at, empty = cursor.epoch, cursor.unit, cursor.at, 0
+        while self._repeat or epoch == 0:
+            mine, any_here = range((lane + epoch) % LANES, len(self._names) * self._parts, LANES), False
+            for place in range(unit, len(mine)):
+                file, part = divmod(mine[place], self._parts)
+                for where, after, text in self._texts(self._names[file], part, at):
+                    if text.strip() and _side(text) == self._side:
+                        any_here = True
+                        yield _Document(epoch, place, where, after, text)
+                at = -1
+            epoch, unit, at, empty = epoch + 1, 0, -1, 0 if any_here else empty + 1
+            if empty > LANES:
+                raise UserError(f"data.path: no text of the stream is on the {self._side} side: give more")
 
     def _texts(self, name: str, part: int, at: int) -> Iterator[tuple[int, int, str]]:
         """``(at, after, text)`` of the documents of one part of a file, from the one at ``at`` on."""

@@ -144,7 +144,11 @@ def _single(start: Change, model: Transformer | None, kind: str) -> Iterator[Cha
         ks = run.dictionary.k
         for n in range(2, len(ks) + 1):
             few = ks[-(-len(ks) // n) * -1 :]  # the largest, which take most
-            yield change(f"--dictionary.k=[{', '.join(map(str, few))}] and the others in {n - 1} more calls", "dictionary", k=few)
+            yield change(
+                f"--dictionary.k=[{', '.join(map(str, few))}] and the others in {n - 1} more {'call' if n == 2 else 'calls'}",
+                "dictionary",
+                k=few,
+            )
     if kind != "train":
         for length in _halves(run.data.block_length, 256):
             yield change(f"--data.block_length={length}", "data", block_length=length)

@@ -28,6 +28,7 @@ from dlmscope_jax.activations.stream import ActivationStream
 from dlmscope_jax.analysis import delta_losses
 from dlmscope_jax.analysis import evaluate as fidelity
 from dlmscope_jax.data import Blocks, StreamedBlocks
+from dlmscope_jax.data.streamed import LANES
 from dlmscope_jax.dictionaries import load_dictionary
 from dlmscope_jax.errors import UserError
 from dlmscope_jax.models import canonical_site, model_identity, site_width
@@ -124,7 +125,9 @@ def _blocks_to_harvest(work: Work, name: str, side: Side, rows: int) -> Blocks |
     wanted, model = work.run.harvest, work.model(name)[0]
     shard_rows, _ = default_rows({site: site_width(site, model.config) for site in _sites(work.run)}, wanted.dtype)
     piece = max(1, wanted.batch_size // (1 if work.mesh is None else distributed.row_parts(work.mesh)))
-    window = max(1, shard_rows // work.run.data.block_length // piece) * piece
+    length = work.run.data.block_length
+    # a shard of the usual size, or less, so that all lanes of the stream are read
+    window = max(1, min(shard_rows, rows // LANES) // length // piece) * piece
     return work.stream(name, side, rows, window, repeat, work.store_url(name, side).parent / f"{side}-cursors")
 
 

@@ -179,12 +179,23 @@ def _programs(work: Work, name: str, where: Any, parts: Parts, platform: str) ->
             found.append(make())
         except UserError as error:
             refused.append(f"{verb} is not possible on this mesh: {error}")
+    refused += _split_heads(network(work, name), parts) if "harvest" in makers else []
     if not found:
         raise UserError("; ".join(refused))
     if len(found) == 2 and run.train.source == "model":
         forward, step = found
         found.append(_together(run, forward, step, _widths(work, name), parts))
     return found, refused
+
+
+def _split_heads(model: Transformer, parts: Parts) -> list[str]:
+    heads, of_keys = model.config.n_heads, model.config.n_kv_heads
+    if heads % parts.model == of_keys % parts.model == 0:
+        return []
+    return [
+        f"mesh.model = {parts.model} cuts through heads ({heads} of queries, {of_keys} of keys): the language model then sends more than is "
+        "told here and takes longer; harvest with a smaller mesh.model, each verb may have its own mesh"
+    ]
 
 
 def _harvest(work: Work, name: str, where: Any, parts: Parts, platform: str) -> Program:

@@ -121,6 +121,16 @@ def test_a_repeated_lane_has_no_padding_and_an_ended_one_is_padding(tok, tmp_pat
     assert (once.take(slice(last, last + WINDOW)).documents == -1).all()
 
 
+def test_a_lane_without_text_reads_its_neighbours_and_no_text_at_all_is_an_error(tok, tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(12)))
+    few = stream(tmp_path, tok, repeat=True)
+    for lane in range(LANES):
+        assert (few.take(slice(lane * WINDOW, lane * WINDOW + WINDOW)).documents >= 0).all()
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(UserError, match="no text of the stream is on the train side"):
+        stream(tmp_path, tok, repeat=True).take(slice(0, WINDOW))
+
+
 def test_damaged_notes_are_read_over(tok, tmp_path):
     write(tmp_path / "text", "parquet")
     alone = windows(stream(tmp_path / "text", tok, repeat=True), range(4 * LANES))
@@ -138,12 +148,12 @@ def test_damaged_notes_are_read_over(tok, tmp_path):
 
 def test_a_note_is_whole_after_a_torn_one(tmp_path):
     notes = Cursors(tmp_path)
-    notes.note(3, 1, Cursor(1, 2, 3, 4))
+    notes.note(3, 1, Cursor(0, 1, 2, 3, 4))
     path = tmp_path / "lane-03.jsonl"
     path.write_bytes(path.read_bytes() + b"\n0000")
-    Cursors(tmp_path).note(3, 2, Cursor(5, 6, 7, 8))
-    assert Cursors(tmp_path).before(3, 9) == (2, Cursor(5, 6, 7, 8))
-    assert Cursors(tmp_path).before(3, 1) == (1, Cursor(1, 2, 3, 4))
+    Cursors(tmp_path).note(3, 2, Cursor(1, 5, 6, 7, 8))
+    assert Cursors(tmp_path).before(3, 9) == (2, Cursor(1, 5, 6, 7, 8))
+    assert Cursors(tmp_path).before(3, 1) == (1, Cursor(0, 1, 2, 3, 4))
 
 
 class Counting(LocalFiles):

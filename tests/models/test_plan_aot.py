@@ -20,8 +20,10 @@ needs_libtpu = pytest.mark.skipif(
 SENT = """
 import sys
 sys.path[:0] = {paths!r}
-import dataclasses, json
+import dataclasses, functools, json
+import jax
 import jax.numpy as jnp
+jax.lax.scan = functools.partial(jax.lax.scan, unroll=True)  # this compiler does not say how often a loop runs
 from published_configs import PUBLISHED
 from programs import collectives
 from dlmscope_jax import config, distributed

@@ -92,6 +92,12 @@ def test_the_verbs_one_by_one_do_what_the_quickstart_does(finished_copy, model_f
         assert one == two
 
 
+def test_the_report_goes_on_with_a_plan_beside_it(finished_copy):
+    run, folder = finished_copy
+    (folder / "results" / "plan.json").write_text(json.dumps({"kind": "plan", "version": 1}))
+    pipeline.report(run)
+
+
 def test_a_changed_setting_measures_again_only_what_depends_on_it(finished_copy, model_folders):
     run, folder = finished_copy
     run = dataclasses.replace(run, models=(model_folders["llama"],))

@@ -45,7 +45,7 @@ def test_training_straight_from_the_model_keeps_no_rows(run, tmp_path):
 def test_a_growing_store_is_waited_for(run, monkeypatch):
     growing = of_train(run, source="growing")
     monkeypatch.setattr(pipeline, "_PATIENCE", 1)
-    with pytest.raises(UserError, match="growing, but no harvest began"):
+    with pytest.raises(UserError, match="growing, but nothing was harvested"):
         pipeline.train(growing)
     harvest = dataclasses.replace(growing, harvest=dataclasses.replace(growing.harvest, dtype="int8"))
     pipeline.harvest(harvest)
