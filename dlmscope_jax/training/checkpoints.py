@@ -283,7 +283,7 @@ def verify(path: Path, part: tuple[int, int] = (0, 1)) -> dict[str, Any]:
 def _verified(path: Path) -> dict[str, Any]:
     """``verify``, of which every process does a part; all come to the same end."""
     content: dict[str, Any] = {}
-    verdict = [None, None]
+    verdict: list[str | None] = [None, None]
     try:
         content = verify(path, (jax.process_index(), jax.process_count()))
     except Damaged as found:
