@@ -193,8 +193,8 @@ def _split_heads(model: Transformer, parts: Parts) -> list[str]:
     if heads % parts.model == of_keys % parts.model == 0:
         return []
     return [
-        f"mesh.model = {parts.model} cuts through heads ({heads} of queries, {of_keys} of keys): the language model then sends more than is "
-        "told here and takes longer; harvest with a smaller mesh.model, each verb may have its own mesh"
+        f"mesh.model = {parts.model} cuts through heads ({heads} of queries, {of_keys} of keys): the language model then sends more than "
+        "is told here and takes longer; harvest with a smaller mesh.model, each verb may have its own mesh"
     ]
 
 
