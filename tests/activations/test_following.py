@@ -64,9 +64,17 @@ def test_every_selected_row_once_within_its_window(finished, select):
         np.testing.assert_array_equal(batch["is_masked"], batch["number"] % 3 == 1)
 
 
+def test_windows_have_orders_of_their_own(tmp_path):
+    store = ActivationStore.create(tmp_path / "s", {"h": 1}, dtype="float32", shard_rows=32, chunk_rows=4)
+    store.append({"h": np.zeros((192, 1))}, {"number": np.arange(192)})
+    order = np.concatenate([batch["number"] for batch in store.finish().batches(**READ, epochs=1)]).reshape(3, 64)
+    within = order - 64 * np.arange(3)[:, None]
+    assert (np.sort(within, axis=1) == np.arange(64)).all()
+    assert (within[0] != within[1]).any() and (within[1] != within[2]).any()
+
+
 def test_later_epochs_are_those_of_any_other_reading(finished):
     steps = int(STARTS[-1]) // 8
-    assert finished.batches(**READ).steps_per_epoch == steps or True
     found = numbers(islice(finished.batches(**READ), 2 * steps + 3))
     plain = numbers(islice(finished.batches(8, 3, buffer_rows=70), 2 * steps + 3))
     assert found[steps:] == plain[steps:] and found[:steps] != plain[:steps]
