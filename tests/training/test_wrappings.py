@@ -29,9 +29,13 @@ SMALL = {1: [(1, 1)], 2: [(2, 1), (1, 2)], 4: [(2, 2), (4, 1), (1, 4)]}
 EIGHT = [(2, 4), (4, 2), (8, 1), (1, 8), (2, 2, 2)]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_eight_devices_take_the_step_of_one(run_with_devices, name):
-    meshes = ((2, 4), (8, 1), (1, 8), (2, 2, 2)) if name == "topk" else ((2, 4),)
+@pytest.mark.parametrize(
+    ("name", "meshes"),
+    [("topk", [(2, 4), (2, 2, 2)]), ("transcoder", [(8, 1)]), ("jumprelu", [(1, 8)]), ("batch_topk", [(2, 4)]), ("binary", [(4, 2)])],
+    ids=NAMES,
+)
+def test_eight_devices_take_the_step_of_one(run_with_devices, name, meshes):
+    """Each architecture on some mesh and each mesh with some architecture; all with all in the slow test below."""
     run_with_devices(HELPERS + f"check({name!r}, *{meshes})")
 
 
@@ -54,8 +58,9 @@ def test_pmap_takes_the_step_of_one_device(run_with_devices, name):
 
 # what the losses have beside the common case
 LOSSES = """
+import functools
 from dlmscope_jax.dictionaries import CrossLayer, Gated, Matryoshka, ReLU, auxk
-from dlmscope_jax.kernels.axes import Axes
+from dlmscope_jax.kernels.axes import ALONE, Axes
 from jax.sharding import PartitionSpec as P
 from dlmscope_jax import distributed
 S = LossSettings
@@ -74,12 +79,23 @@ VARIANTS = {
     "tanh": (JumpReLU(D, N, penalty="tanh"), S(sparsity=0.1, preactivation=0.1)),
     "cross layer": (CrossLayer(D, N, 2, D), S(sparsity=0.1, preactivation=0.1)),
 }
+@functools.cache
 def parts_of(dictionary, axes):
+    @jax.jit
     def f(params, x, target, dead, settings):
         loss = lambda p: dictionary.loss(p, x, target, dead, settings, axes=axes)
         (loss, parts), gradients = jax.value_and_grad(loss, has_aux=True)(params)
         return loss, parts, jax.lax.psum(gradients, axes.rows) if axes.rows else gradients
     return f
+
+@functools.cache
+def divided(dictionary, mesh, structure):
+    shapes = {n: jax.ShapeDtypeStruct(s, "float32") for n, s in dictionary.shapes().items()}
+    specs = distributed.partition_specs(dictionary.axes(), shapes, mesh)
+    rows, whole = P("data"), P()
+    parts = jax.tree.unflatten(structure, [whole] * structure.num_leaves).replace(fired=P("model"))
+    return jax.jit(jax.shard_map(parts_of(dictionary, Axes(("data",), "model")), mesh=mesh, check_vma=False,
+        in_specs=(specs, rows, rows, P("model"), whole), out_specs=(whole, parts, specs)))
 
 def compare(name, dictionary, settings, dead, seed=0, meshes=((2, 2),), tolerance=2e-6):
     rng = np.random.default_rng(seed)
@@ -88,16 +104,10 @@ def compare(name, dictionary, settings, dead, seed=0, meshes=((2, 2),), toleranc
         params["threshold"] = jnp.abs(params["threshold"]) * 0.3
     x = jnp.asarray(rng.normal(size=(16, D)) + 1.0, jnp.float32)
     y = jnp.asarray(rng.normal(size=(16, dictionary.out)), jnp.float32) if dictionary.transcoder else None
-    from dlmscope_jax.kernels.axes import ALONE
-    want = jax.jit(parts_of(dictionary, ALONE))(params, x, y, dead, settings)
+    want = parts_of(dictionary, ALONE)(params, x, y, dead, settings)
     for sizes in meshes:
         mesh = make_mesh(*(4, 1) if isinstance(dictionary, CrossLayer) else sizes)
-        specs = distributed.partition_specs(dictionary.axes(), params, mesh)
-        rows, whole = P("data"), P()
-        parts = jax.tree.map(lambda _: whole, want[1]).replace(fired=P("model"))
-        divided = jax.shard_map(parts_of(dictionary, Axes(("data",), "model")), mesh=mesh, check_vma=False,
-            in_specs=(specs, rows, rows, P("model"), whole), out_specs=(whole, parts, specs))
-        got = jax.jit(divided)(params, x, y, dead, settings)
+        got = divided(dictionary, mesh, jax.tree.structure(want[1]))(params, x, y, dead, settings)
         close(jax.device_get(got), jax.device_get(want), tolerance, f"{name} on {mesh.shape}")
 some = jnp.arange(N) % 3 == 0
 """
