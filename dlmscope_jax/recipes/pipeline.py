@@ -119,16 +119,15 @@ def harvest_model(work: Work, name: str) -> None:
 
 def _blocks_to_harvest(work: Work, name: str, side: Side, rows: int) -> Blocks | StreamedBlocks:
     """Blocks with so many rows: of the text in memory, or of a stream, whose windows are the shards of the store."""
-    repeat = side == "train"
     if not work.run.data.stream:
-        return work.some_blocks(name, side, rows, repeat=repeat)
+        return work.some_blocks(name, side, rows, repeat=side == "train")
     wanted, model = work.run.harvest, work.model(name)[0]
     shard_rows, _ = default_rows({site: site_width(site, model.config) for site in _sites(work.run)}, wanted.dtype)
     piece = max(1, wanted.batch_size // (1 if work.mesh is None else distributed.row_parts(work.mesh)))
     length = work.run.data.block_length
     # a shard of the usual size, or less, so that all lanes of the stream are read
     window = max(1, min(shard_rows, rows // LANES) // length // piece) * piece
-    return work.stream(name, side, rows, window, repeat, work.store_url(name, side).parent / f"{side}-cursors")
+    return work.stream(name, side, rows, window, work.store_url(name, side).parent / f"{side}-cursors")
 
 
 def train_model(work: Work, name: str) -> None:

@@ -417,7 +417,8 @@ def _shown(work: Work, name: str, programs: list[Program], chip: Chip | None, en
             )
         )
     blocks.append(aligned(times))
-    blocks.append(f"store of {work.labels[name]}: {entry['store_bytes'] / 1e9:,.1f} GB")
+    store = f"store of {work.labels[name]}: {entry['store_bytes'] / 1e9:,.1f} GB; reading and writing it is not in these times"
+    blocks.append(store)
     blocks += entry["advice"]
     return "\n" + "\n\n".join(blocks)
 

@@ -104,7 +104,7 @@ class Work:
         Of a stream the first blocks of as many lanes as that takes.
         """
         if self.run.data.stream:
-            return _held(self.stream(name, side, rows, 1, repeat), purpose)
+            return _held(self.stream(name, side, rows, 1), purpose)
         blocks = self.blocks(name, side)
         order = np.random.default_rng([self.run.seed, SIDES.index(side), purpose]).permutation(len(blocks))
         real = (blocks.documents >= 0).sum(axis=1)[order]
@@ -113,21 +113,18 @@ class Work:
         enough = int(np.searchsorted(np.cumsum(real), rows)) + 1
         return blocks.take(order[:enough])
 
-    def stream(self, name: str, side: Side, rows: int, window: int, repeat: bool, notes: Path | None = None) -> StreamedBlocks:
-        """Blocks with so many tokens, a window at a time.
+    def stream(self, name: str, side: Side, rows: int, window: int, notes: Path | None = None) -> StreamedBlocks:
+        """Blocks with so many tokens, a window at a time; text that has ended is read again.
 
         Args:
           name: the language model.
           side: of the text.
           rows: tokens.
           window: blocks of a window.
-          repeat: whether text that has ended is read again; otherwise padding follows it.
           notes: a folder for the cursors.
         """
         data, tokenizer = self.run.data, self.tokenizer(name)
-        return StreamedBlocks(
-            data.path, tokenizer, data.block_length, side, -(-rows // data.block_length), window, data.text, repeat, notes
-        )
+        return StreamedBlocks(data.path, tokenizer, data.block_length, side, -(-rows // data.block_length), window, data.text, True, notes)
 
     def read(self, kind: str, dictionary: str, inputs: Any) -> dict | None:
         """A result on disk, if it was measured from these inputs.
