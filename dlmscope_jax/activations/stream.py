@@ -101,6 +101,11 @@ class ActivationStream:
         what = {name: value for name, value in self.meta.items() if name != "versions"} | {"stream": [batch_size, buffer_rows]}
         self.identity = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def mesh(self) -> Mesh | None:
+        """The devices that the rows are on."""
+        return self._model.mesh
+
     def batches(
         self, batch_size: int, seed: int, start_step: int = 0, sites: Sequence[str] | None = None, select: Select = "all"
     ) -> "StreamBatches":

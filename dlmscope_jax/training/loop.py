@@ -83,7 +83,8 @@ def train(
 
     Args:
       specs: trainings with equal ``steps``, ``batch_size``, ``seed`` and ``select``, of different ``name``.
-      source: an ``ActivationStore``; an array [rows, D] or a mapping from sites to arrays; an iterable of batches [batch_size, D].
+      source: an ``ActivationStore``, or ``Growing`` around one that is being written; an ``ActivationStream``; an array [rows, D] or a
+        mapping from sites to arrays; an iterable of batches [batch_size, D].
       run_dir: the folder of the run.
       meta: fields of ``DictionaryMeta`` that the source does not know (``model``, ``layer``, ``tokenizer``, ...).
       checkpoints: when they are made and which are kept.
@@ -103,6 +104,7 @@ def train(
     _check(wanted, mesh)
     first = wanted[0]
     rows = open_source(source, first.batch_size, first.seed, first.select)
+    rows.check_mesh(mesh)
     runs = [_Run(spec, rows, Path(run_dir) / spec.name, meta or {}, checkpoints, mesh, parallel) for spec in wanted]
     done = distributed.on_first(lambda: [run.finished() for run in runs])
     unfinished = [run for run, finished in zip(runs, done, strict=True) if not finished]

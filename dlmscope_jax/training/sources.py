@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 
 from dlmscope_jax import distributed
 from dlmscope_jax.activations import ActivationStore, ActivationStream, BatchIterator
@@ -46,6 +47,9 @@ class Source:
         A source whose rows are on the devices gives whole batches, divided over the mesh's rows.
         """
         raise NotImplementedError
+
+    def check_mesh(self, mesh: Mesh | None) -> None:
+        """Raises ``UserError`` where its rows are on other devices than the training will be."""
 
     def site(self, wanted: str | None) -> str:
         """The name of the site that a training asks for; a source without names has what is wanted.
@@ -141,6 +145,13 @@ class _StreamSource(Source):
         self._stream, self._batch_size, self._seed, self._select = stream, batch_size, seed, select
         self.sites, self.meta = stream.sites, stream.meta
         self.fingerprint = stream.identity
+
+    def check_mesh(self, mesh: Mesh | None) -> None:
+        here, there = (None if one is None else dict(one.shape) for one in (self._stream.mesh, mesh))
+        if self._stream.mesh != mesh and (self._stream.mesh or mesh).size > 1:
+            raise UserError(
+                f"train: the stream's model is on {here or 'one device'}, the training on {there or 'one device'}: use one mesh"
+            )
 
     def batches(self, start_step: int, sites: list[str], process: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
         return self._stream.batches(self._batch_size, self._seed, start_step, sites, self._select)

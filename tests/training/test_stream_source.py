@@ -5,14 +5,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from dlmscope_jax.activations import ActivationStream, Corruption
+from dlmscope_jax.activations import ActivationStore, ActivationStream, Corruption
 from dlmscope_jax.dictionaries import TopK
 from dlmscope_jax.errors import UserError
-from dlmscope_jax.training import Checkpoints, TrainSpec, train
+from dlmscope_jax.training import Checkpoints, Growing, TrainSpec, train
 from tests.activations.conftest import tiny_blocks, tiny_model
 
 from .conftest import assert_same_bits
@@ -71,6 +72,27 @@ def test_another_streams_run_is_refused(tmp_path):
     for other in (stream(seed=1), stream(buffer_rows=100)):
         with pytest.raises(UserError, match="source"):
             train(specs(), other, tmp_path, checkpoints=EVERY)
+
+
+def test_a_stream_on_other_devices_is_refused(tmp_path, monkeypatch):
+    source = stream()
+    monkeypatch.setattr(type(source), "mesh", SimpleNamespace(shape={"data": 2}, size=2))
+    with pytest.raises(UserError, match="stream's model is on {'data': 2}, the training on one device: use one mesh"):
+        train(specs(), source, tmp_path)
+
+
+def test_a_growing_store_is_a_source_of_its_own(tmp_path):
+    store = ActivationStore.create(tmp_path / "s", {"h": 8}, shard_rows=64, chunk_rows=8, columns={}, shards=4)
+    rows = np.random.default_rng(0).normal(size=(256, 8)).astype(np.float32)
+    for shard in range(4):
+        store.write_shard(shard, {"h": rows[64 * shard : 64 * (shard + 1)].astype(store.dtype)})
+    store.finish()
+    spec = TrainSpec(dictionary=TopK(8, 32, 2), steps=10, batch_size=16, sample_rows=64)
+    [early] = train(spec, Growing(store), tmp_path / "early")
+    # it is the same training with the store opened again, and not that of the finished store's order
+    assert train(spec, Growing(ActivationStore.open(tmp_path / "s")), tmp_path / "early")[0].meta == early.meta
+    with pytest.raises(UserError, match="another training"):
+        train(spec, store, tmp_path / "early")
 
 
 CHILD = """
