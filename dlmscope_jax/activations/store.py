@@ -74,7 +74,7 @@ class ActivationStore:
           dtype: what is stored: ``bfloat16``, ``float16``, ``float32``, or ``int8``, which has a float32 scale for each row
             (``int8.py``); its rows are given as any floats and come back as float32.
           shard_rows: rows that are written and committed together (default: about 32 MiB), a multiple of ``chunk_rows``.
-          chunk_rows: rows that are read together (default: about 128 KiB); fewer shuffle better, more read faster.
+          chunk_rows: rows that are read together (default: up to 512 KiB and 256 rows); fewer shuffle better, more read faster.
           columns: the dtype of each column (default: the first rows decide).
           shards: how many shards there will be, where ``write_shard`` writes them in any order or from several processes: with
             ``columns`` every array is made with its whole length now, and ``finish`` refuses to end a store that lacks one.

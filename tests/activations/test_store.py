@@ -209,9 +209,11 @@ def test_default_layout():
         shard, chunk = default_rows({"narrow": 1, "wide": width}, dtype)
         row = width * (4 if dtype == "float32" else 2)
         assert shard % chunk == 0 and chunk & (chunk - 1) == 0
-        assert chunk * row <= max(row, 128 << 10) and shard * row <= max(row, 32 << 20)
+        assert chunk * row <= max(row, 512 << 10) and shard * row <= max(row, 32 << 20)
+        assert chunk <= 256 or chunk * row <= 64 << 10
         if row < 64 << 10:
-            assert chunk * row > 64 << 10 and shard * row > 31 << 20
+            assert chunk * row > 32 << 10 and shard * row > 31 << 20
+    assert [default_rows({"site": d}, "bfloat16")[1] for d in (192, 768, 4096)] == [256, 256, 64]
 
 
 def test_missing_existing_and_empty_stores(tmp_path):
