@@ -34,9 +34,9 @@ def row_dtype(stored: str) -> np.dtype:
 def default_rows(sites: Mapping[str, int], dtype: str) -> tuple[int, int]:
     """``(shard_rows, chunk_rows)`` for these widths: shards of about 32 MiB of the widest site, chunks of up to 512 KiB and 256 rows.
 
-    Small chunks make a better shuffle (a chunk's rows stay together until they are permuted within a group), large ones are read faster:
-    of 512 KiB about twice as fast as of 128 (scripts/bench_store.py). Narrow rows have chunks of at least 32 KiB. A chunk's rows are a power
-    of two, so that a shard is a whole number of chunks.
+    Small chunks make a better shuffle (a chunk's rows stay together until they are permuted within a group), large ones are read
+    faster: of 512 KiB about half again as fast as of 128 (scripts/bench_store.py). Narrow rows have chunks of at least 32 KiB. A
+    chunk's rows are a power of two, so that a shard is a whole number of chunks.
     """
     row = max(sites.values()) * DTYPES[dtype].itemsize
     chunk = 1 << max(0, min(CHUNK_BYTES // row, max(CHUNK_ROWS, LEAST_BYTES // row)).bit_length() - 1)
