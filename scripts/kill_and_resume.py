@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,22 +47,27 @@ def work(what: str, folder: Path, steps: int, model: int, cluster: tuple[str | N
 
     mesh = distributed.make_mesh(model=model) if jax.device_count() > 1 else None
     if what == "harvest":
-        from dlmscope_jax.activations import Corruption, harvest
-        from dlmscope_jax.models import DiffusionSpec, ModelConfig, Transformer, init_params
-
-        config = ModelConfig(
-            "llama", VOCABULARY, WIDTH, 2, 2, 2, 8, 32, 1e-5, 10_000.0, LENGTH, "bidirectional", bos_id=0, eos_id=1, pad_id=2
-        )
-        model_ = Transformer(config, DiffusionSpec(3, False))
-        params = init_params(model_, jax.random.key(0))
-        some = blocks()
-        harvest(model_, params, some, folder / "store", [SITE], Corruption("rate", 0.3, 0.7), batch_size=4, shard_blocks=4, mesh=mesh)
+        harvest(folder, mesh)
     else:
         from dlmscope_jax.activations import ActivationStore
         from dlmscope_jax.training import Checkpoints, train
 
         policy = Checkpoints(every=EVERY, best="loss")
         train(specs(steps), ActivationStore.open(folder / "store"), folder / "run", checkpoints=policy, progress=Steps(), mesh=mesh)
+
+
+def harvest(folder: Path, mesh: Any, progress: Callable[[int], None] | None = None) -> None:
+    """Harvests a tiny model into ``folder/store``."""
+    import jax
+
+    from dlmscope_jax import activations
+    from dlmscope_jax.models import DiffusionSpec, ModelConfig, Transformer, init_params
+
+    config = ModelConfig("llama", VOCABULARY, WIDTH, 2, 2, 2, 8, 32, 1e-5, 10_000.0, LENGTH, "bidirectional", bos_id=0, eos_id=1, pad_id=2)
+    model = Transformer(config, DiffusionSpec(3, False))
+    some, half = blocks(), activations.Corruption("rate", 0.3, 0.7)
+    params = init_params(model, jax.random.key(0))
+    activations.harvest(model, params, some, folder / "store", [SITE], half, batch_size=4, shard_blocks=4, mesh=mesh, progress=progress)
 
 
 class Steps:

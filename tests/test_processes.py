@@ -154,11 +154,43 @@ def ended(running: list[subprocess.Popen], folder: Path, seconds: float = 120) -
     return codes, [(folder / f"stderr-{i}").read_text() for i in range(len(running))]
 
 
+PREEMPTED = """
+import os, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, "scripts")
+from kill_and_resume import harvest
+from dlmscope_jax import distributed
+from dlmscope_jax.errors import Preempted
+
+folder, coordinator, n, i = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+distributed.start(coordinator, n, i)
+mesh, seen = distributed.make_mesh(), []
+
+def slowly(rows):
+    seen.append(rows)
+    if len(seen) == 3 and i == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.3)  # jax looks for the signal once a second
+
+try:
+    harvest(folder, mesh, slowly)
+except Preempted as message:
+    said = str(message)
+there = int(said.split()[1])
+assert 0 < there < 48 and said == f"SIGTERM: {there} of 48 shards are harvested; the same command goes on from there", said
+assert distributed.gather(said) == [said] * n
+before = len(seen)
+harvest(folder, mesh, seen.append)
+assert len(seen) > before
+print("well", i)
+"""
+
+
 @pytest.fixture(scope="module")
 def harvested(tmp_path_factory):
-    """A store made by two processes."""
+    """A store made by two processes, of which the second had SIGTERM, so that both stopped at one pass; then they went on."""
     folder = tmp_path_factory.mktemp("two")
-    kill_and_resume.finish(kill_and_resume.launch("harvest", folder, 2), folder)
+    run_together(PREEMPTED, folder, 2)
     return folder
 
 

@@ -18,13 +18,13 @@ from jax.sharding import Mesh
 
 from .. import __version__, distributed
 from ..data import Blocks
-from ..errors import UserError
+from ..errors import Preempted, UserError
 from ..models import Transformer, canonical_site, model_identity, site_width
 from . import manifest
 from .corruption import Corruption
 from .forward import check_corruption, check_tokens, forward, key_words, on_mesh
 from .layout import DTYPES, default_rows, row_dtype
-from .pieces import Cut, group_of, passes
+from .pieces import Cut, OpenShard, Outputs, group_of, passes
 from .store import COLUMNS, ActivationStore
 
 _UNRECORDED = {"weight_processing": "raw"}  # what older stores do not say
@@ -76,6 +76,7 @@ def harvest(
     Masked and visible positions are all kept (the reader selects), position 0 too; padding is left out. The same call again continues
     where a killed one was, on any mesh and with any number of processes, and returns at once where everything is there. Rows, their
     order and columns do not depend on the mesh; values do by the rounding of the forward pass, and not at all on an equal mesh.
+    SIGTERM ends the harvest after the pass in flight; shards that are full by then are committed, others are begun again.
 
     Args:
       model, params: the language model.
@@ -98,6 +99,8 @@ def harvest(
     Raises:
       UserError: the store there was made by another model, from other blocks or with other settings; an unknown site; corruption of an
         autoregressive model; tokens that the model does not have; a ``batch_size`` that the mesh does not divide; a write that failed.
+      Preempted: SIGTERM came.
+      PeerLost: another process is gone.
     """
     names = tuple(sorted({canonical_site(site, model.config) for site in sites}))
     if not names:
@@ -132,31 +135,30 @@ def harvest(
         progress(store.rows)
     shift = model.diffusion is not None and model.diffusion.shift
     cut = Cut(len(blocks), per_shard, batch_size // parts, frozenset(s.shard for s in store.shards), groups)
-    for shard, piece, (taps, corrupted, is_masked, rate) in passes(run, take, length, cut, mesh):
-        if not shard.rows:
-            n = rows_of(shard.blocks)
-            shard.rows = {name: np.empty((n, width), row_dtype(dtype)) for name, width in store.sites.items()}
-            shard.rows |= {name: np.empty(n, kind) for name, kind in COLUMNS.items()}
-        first = cut.blocks_of(shard.number).start
-        here = shard.blocks.take(slice(piece.start - first, piece.stop - first))
-        keep = here.documents >= 0
-        to = slice(shard.filled, shard.filled + int(keep.sum()))
-        for name, tap in taps.items():
-            values = np.asarray(tap)[: len(piece)]
-            shard.rows[name][to] = values.reshape(-1, values.shape[-1]) if keep.all() else values[keep]
-        read = np.asarray(corrupted), np.asarray(is_masked), np.asarray(rate)
-        for name, column in _columns(here, np.asarray(piece), *read, shift).items():
-            shard.rows[name][to] = column[keep]
-        shard.filled = to.stop
-        if progress is not None:
-            progress(to.stop - to.start)
-        if piece.stop == cut.blocks_of(shard.number).stop:
-            store.write_shard(shard.number, shard.rows)
-    store.flush()
-    distributed.barrier("harvest: all shards are written")
-    distributed.on_first(lambda: _finish(store))
-    if not distributed.is_first():
-        store.refresh()
+    preempted = False
+    with distributed.preemption() as asked:
+
+        def stop() -> bool:
+            nonlocal preempted
+            preempted = asked()
+            return preempted
+
+        for shard, piece, outputs in passes(run, take, length, cut, mesh, stop):
+            added = _fill(shard, piece, outputs, cut, store, shift)
+            if progress is not None:
+                progress(added)
+            if piece.stop == cut.blocks_of(shard.number).stop:
+                store.write_shard(shard.number, shard.rows)
+        store.flush()
+        distributed.barrier("harvest: all shards are written")
+        if preempted:
+            store.refresh()
+            raise Preempted(f"SIGTERM: {len(store.shards):,} of {cut.shards:,} shards are harvested; the same command goes on from there")
+        distributed.on_first(lambda: _finish(store))
+        if not distributed.is_first():
+            store.refresh()
+        if asked():
+            raise Preempted("SIGTERM: this harvest is done; the same command goes on from there")
     return store
 
 
@@ -202,6 +204,26 @@ def blocks_digest(blocks: Blocks) -> str:
     for text in (*blocks.names, blocks.side):
         total.update(hashlib.sha256(text.encode()).digest())
     return total.hexdigest()
+
+
+def _fill(shard: OpenShard, piece: range, outputs: Outputs, cut: Cut, store: ActivationStore, shift: bool) -> int:
+    """Puts what a pass says of a piece into its shard's rows; returns how many they are."""
+    taps, *read = outputs
+    if not shard.rows:
+        n = rows_of(shard.blocks)
+        shard.rows = {name: np.empty((n, width), store.dtype) for name, width in store.sites.items()}
+        shard.rows |= {name: np.empty(n, kind) for name, kind in COLUMNS.items()}
+    first = cut.blocks_of(shard.number).start
+    here = shard.blocks.take(slice(piece.start - first, piece.stop - first))
+    keep = here.documents >= 0
+    to = slice(shard.filled, shard.filled + int(keep.sum()))
+    for name, tap in taps.items():
+        values = np.asarray(tap)[: len(piece)]
+        shard.rows[name][to] = values.reshape(-1, values.shape[-1]) if keep.all() else values[keep]
+    for name, column in _columns(here, np.asarray(piece), *map(np.asarray, read), shift=shift).items():
+        shard.rows[name][to] = column[keep]
+    shard.filled = to.stop
+    return to.stop - to.start
 
 
 def _columns(

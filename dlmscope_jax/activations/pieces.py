@@ -93,7 +93,12 @@ def at_once(mesh: Mesh | None) -> int:
 
 
 def passes(
-    run: Callable[[Any, Any, Any], Outputs], take: Callable[[range], Blocks], length: int, cut: Cut, mesh: Mesh | None
+    run: Callable[[Any, Any, Any], Outputs],
+    take: Callable[[range], Blocks],
+    length: int,
+    cut: Cut,
+    mesh: Mesh | None,
+    asked: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[OpenShard, range, Outputs]]:
     """This group's pieces with what the forward pass says of them, one pass always ahead of the copy to the host.
 
@@ -106,6 +111,7 @@ def passes(
       length: T.
       cut: the division.
       mesh: None for one device.
+      asked: called before each pass, in all processes alike; whether to begin no more of them.
 
     Yields:
       The shard, the indices of the piece's blocks, and the piece's part of the arrays; of each pass in all processes, to those that write.
@@ -115,6 +121,8 @@ def passes(
     ahead: deque[list[tuple[OpenShard, range, Outputs]]] = deque()
     shard: OpenShard | None = None
     for turn in range(cut.passes(n)):
+        if asked():
+            break
         fed = []
         tokens = np.zeros((n, cut.per, length), np.int32)
         real, indices = np.ones(tokens.shape, bool), np.zeros((n, cut.per), np.int32)

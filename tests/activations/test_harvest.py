@@ -18,7 +18,7 @@ import pytest
 from dlmscope_jax.activations import ActivationStore, Corruption, harvest, rows_of
 from dlmscope_jax.activations.forward import block_rates
 from dlmscope_jax.activations.harvesting import blocks_digest
-from dlmscope_jax.errors import UserError
+from dlmscope_jax.errors import Preempted, UserError
 from dlmscope_jax.models import process_weights
 
 from .conftest import LENGTH, MASK, tiny_blocks, tiny_model
@@ -411,3 +411,33 @@ def test_blocks_that_come_in_windows(tmp_path, blocks, dlm):
     windows.blocks = replace(padded, tokens=padded.tokens + 40)
     with pytest.raises(UserError, match="made with another tokenizer"):
         harvest(*dlm, windows, tmp_path / "u", SITES[:1], HALF)
+
+
+def test_sigterm_ends_a_harvest_cleanly_and_the_same_call_goes_on(tmp_path, dlm):
+    """In the first pass, within a shard, and in the last one."""
+    some = tiny_blocks(21)
+    settings = dict(seed=3, batch_size=2, shard_blocks=4, dtype="float32")
+    whole = harvest(*dlm, some, tmp_path / "whole", SITES, HALF, **settings)
+    before = signal.getsignal(signal.SIGTERM)
+    for stop, least in ((1, 0), (5, 2), (11, 6)):
+        seen = []
+
+        def progress(rows, seen=seen, stop=stop):
+            seen.append(rows)
+            if len(seen) == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        place = tmp_path / str(stop)
+        with pytest.raises(Preempted) as raised:
+            harvest(*dlm, some, place, SITES, HALF, **settings, progress=progress)
+        assert signal.getsignal(signal.SIGTERM) is before
+        there = ActivationStore.open(place, allow_incomplete=True)
+        if stop == 11:
+            assert there.complete and str(raised.value) == "SIGTERM: this harvest is done; the same command goes on from there"
+        else:  # one pass is ahead
+            assert least <= len(there.shards) <= least + 1 and not there.complete
+            assert str(raised.value).startswith(f"SIGTERM: {len(there.shards)} of 6 shards are harvested")
+        store = harvest(*dlm, some, place, SITES, HALF, **settings)
+        for name in SITES:
+            np.testing.assert_array_equal(store.read(name), whole.read(name))
+        assert [shard.digest for shard in store.shards] == [shard.digest for shard in whole.shards]
