@@ -123,10 +123,9 @@ def _blocks_to_harvest(work: Work, name: str, side: Side, rows: int) -> Blocks |
         return work.some_blocks(name, side, rows, repeat=side == "train")
     wanted, model = work.run.harvest, work.model(name)[0]
     shard_rows, _ = default_rows({site: site_width(site, model.config) for site in _sites(work.run)}, wanted.dtype)
-    piece = max(1, wanted.batch_size // (1 if work.mesh is None else distributed.row_parts(work.mesh)))
-    length = work.run.data.block_length
-    # a shard of the usual size, or less, so that all lanes of the stream are read
-    window = max(1, min(shard_rows, rows // LANES) // length // piece) * piece
+    length, batch = work.run.data.block_length, wanted.batch_size
+    # whole batches, whatever the mesh: a shard of the usual size, or less, so that more lanes of the stream are read
+    window = max(1, min(shard_rows, rows // LANES) // length // batch) * batch
     return work.stream(name, side, rows, window, work.store_url(name, side).parent / f"{side}-cursors")
 
 

@@ -7,12 +7,14 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from jax.sharding import AbstractMesh
 
 from dlmscope_jax.activations import ActivationStore
 from dlmscope_jax.cli import main
 from dlmscope_jax.dictionaries import load_dictionary
 from dlmscope_jax.errors import UserError
 from dlmscope_jax.recipes import pipeline
+from dlmscope_jax.recipes.work import Work
 
 
 @pytest.fixture
@@ -68,6 +70,12 @@ def test_text_is_streamed_into_the_stores(run, corpus, tmp_path):
     pipeline.harvest(run)  # finds all of it
     assert [(s.shard, s.rows, s.digest) for s in ActivationStore.open(folder / "train").shards] == before
     assert list((folder / "train-cursors").rglob("lane-*.jsonl"))
+    for parts in (2, 16):  # another mesh, the same blocks
+        work = Work(run)
+        work.model(run.models[0])
+        work.mesh = AbstractMesh((parts, 1), ("data", "model"))
+        blocks = pipeline._blocks_to_harvest(work, run.models[0], "train", 1500)
+        assert blocks.window % run.harvest.batch_size == 0 and blocks.digest == train.meta["blocks"]["digest"]
     pipeline.train(run)
     assert dictionary(run).steps == 6
 
