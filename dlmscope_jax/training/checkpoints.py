@@ -4,8 +4,8 @@ Orbax restores flipped bits without a word, and float32 as whatever dtype is ask
 ``digests.json``: the SHA-256 of every file, and path, shape and dtype of every leaf. It is written last, into a folder that
 gets its name only then; it is checked before anything is loaded.
 
-Arrays are written in the background, from a copy. Several processes write and read their own parts of one folder that all of them
-see; process 0 does what is done once.
+Arrays are written in the background: from a copy on the host, or on a CPU from their own memory, which jax gives to no step meanwhile.
+Several processes write and read their own parts of one folder that all of them see; process 0 does what is done once.
 """
 
 import dataclasses
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
 from dlmscope_jax import distributed
 from dlmscope_jax.errors import UserError
@@ -105,7 +104,7 @@ def begin_checkpoint(
     measured: Mapping[str, float | None] | None = None,
     carried: Mapping[str, Any] | None = None,
 ) -> Callable[[], Path]:
-    """``save_checkpoint`` in the background: returns when the state is copied to the host, so that it may be donated.
+    """``save_checkpoint`` in the background: returns when the state may be donated.
 
     Returns a function that waits until the checkpoint is there, or raises why it is not. Call it before the next one begins.
     """
@@ -128,7 +127,7 @@ def begin_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
         with distributed.together():
-            written = ocp.save_async(temporary / STATE, _held(state))
+            written = ocp.save_async(temporary / STATE, state)
     except (OSError, ValueError, RuntimeError) as error:
         raise _not_written(temporary, folder, step, error) from error
     worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -171,12 +170,6 @@ def _not_written(temporary: Path, folder: Path, step: int, error: Exception) -> 
     reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())[:200]
     final = folder / f"{_PREFIX}{step:08d}"
     return UserError(f"checkpoint {final} cannot be written: {reason}; make room, then run it again to go on from the one before")
-
-
-def _held(state: Any) -> Any:
-    """A state whose buffers no later step is given: on a CPU, what is copied to the host is the array itself."""
-    platforms = {device.platform for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array) for device in leaf.devices()}
-    return jax.tree.map(jnp.copy, state) if "cpu" in platforms else state
 
 
 def load_latest(folder: str | Path, like: Any, run: dict[str, Any]) -> tuple[int, Any] | None:
