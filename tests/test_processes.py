@@ -236,7 +236,7 @@ def test_a_lost_process_stops_the_other(harvested, tmp_path):
     running = kill_and_resume.launch("train", tmp_path, 2, steps=400)
     until(running[0], 3)
     os.kill(running[1].pid, signal.SIGKILL)
-    codes, said = ended(running, tmp_path, kill_and_resume.PATIENCE)
+    codes, said = ended(running, tmp_path)
     assert codes == [1, -signal.SIGKILL]
     assert said[0].splitlines()[-1].endswith("process 1 of 2 stopped; the same command goes on from the last checkpoint")
 

@@ -121,6 +121,7 @@ def begin_checkpoint(
         "leaves": describe(state),
     }
     content = json.loads(json.dumps(content))  # as it is now
+    logging.getLogger("absl").addFilter(_not_said_by_us)
     try:
         if distributed.is_first():
             folder.mkdir(parents=True, exist_ok=True)
@@ -167,9 +168,14 @@ def _finish(wait: Callable[[], None], folder: Path, temporary: Path, content: di
 
 def _not_written(temporary: Path, folder: Path, step: int, error: Exception) -> UserError:
     shutil.rmtree(temporary, ignore_errors=True)
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())[:200]
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).replace(f"{temporary}/", "").split())[:300]
     final = folder / f"{_PREFIX}{step:08d}"
     return UserError(f"checkpoint {final} cannot be written: {reason}; make room, then run it again to go on from the one before")
+
+
+def _not_said_by_us(record: logging.LogRecord) -> bool:
+    """Whether a line of the log is not one of those, each with a page of traceback, that orbax's threads write of what they raise."""
+    return "_SignalingThread" not in record.getMessage()
 
 
 def load_latest(folder: str | Path, like: Any, run: dict[str, Any]) -> tuple[int, Any] | None:

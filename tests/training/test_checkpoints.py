@@ -2,6 +2,7 @@
 
 import json
 import logging
+import resource
 import shutil
 
 import jax
@@ -138,6 +139,21 @@ def test_a_full_disk_leaves_the_older_checkpoints(folder, state, monkeypatch):
     monkeypatch.setattr(checkpoints, "_sync", full)
     with pytest.raises(UserError, match=r"step_00000015 cannot be written: No space left on device"):
         save_checkpoint(folder, 15, state, RUN)
+    assert sorted(path.name for path in folder.iterdir()) == ["step_00000005", "step_00000010"]
+    assert load_latest(folder, state, RUN)[0] == 10
+
+
+def test_a_write_that_fails_in_the_background_is_one_line(folder, state, caplog):
+    """The system refuses large files: the arrays, which orbax writes in a thread of its own."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    large = {"a": jax.random.normal(jax.random.key(0), (100_000,))}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="step_00000015 cannot be written: .*File too large") as raised:
+            save_checkpoint(folder, 15, large, RUN)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(raised.value) and not caplog.records
     assert sorted(path.name for path in folder.iterdir()) == ["step_00000005", "step_00000010"]
     assert load_latest(folder, state, RUN)[0] == 10
 

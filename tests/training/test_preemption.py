@@ -42,10 +42,10 @@ def long_intervals(monkeypatch):
 
 
 def test_preempted_and_resumed(tmp_path):
-    """Between two checkpoints, and at the very last step."""
+    """Before the first checkpoint, between two, and at the last step."""
     train(SPECS, rising(), tmp_path / "whole", checkpoints=POLICY)
     before = signal.getsignal(signal.SIGTERM)
-    for stop in (7, 13, 22):
+    for stop in (1, 13, 22):
         folder = tmp_path / str(stop)
         with pytest.raises(Preempted, match=r"saved at step (\d+) of 24; the same command goes on from there") as raised:
             train(SPECS, rising(), folder, checkpoints=POLICY, progress=TermAt(stop))

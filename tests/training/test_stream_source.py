@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -93,6 +95,33 @@ def test_a_growing_store_is_a_source_of_its_own(tmp_path):
     assert train(spec, Growing(ActivationStore.open(tmp_path / "s")), tmp_path / "early")[0].meta == early.meta
     with pytest.raises(UserError, match="another training"):
         train(spec, store, tmp_path / "early")
+
+
+def test_training_on_a_store_that_is_being_written(tmp_path):
+    """A writer that is slow, and commits in another order; beyond the first epoch, when all is there, as well."""
+    rows = np.random.default_rng(0).normal(size=(256, 8)).astype(np.float32)
+    spec = TrainSpec(dictionary=TopK(8, 32, 2), steps=40, batch_size=16, sample_rows=64)
+
+    def create(path):
+        return ActivationStore.create(path, {"h": 8}, {"made": "here"}, shard_rows=32, chunk_rows=8, columns={}, shards=8)
+
+    def write(store, seconds):
+        for shard in (1, 0, 4, 2, 3, 7, 6, 5):
+            time.sleep(seconds)
+            store.write_shard(shard, {"h": rows[32 * shard : 32 * (shard + 1)].astype(store.dtype)})
+        store.finish()
+
+    whole = create(tmp_path / "whole")
+    write(whole, 0)
+    [wanted] = train(spec, Growing(whole), tmp_path / "after")
+
+    thread = threading.Thread(target=write, args=(create(tmp_path / "slow"), 0.3))
+    store = ActivationStore.open(tmp_path / "slow", allow_incomplete=True)
+    thread.start()
+    [found] = train(spec, Growing(store), tmp_path / "meanwhile")
+    thread.join()
+    assert_same_bits(found.params, wanted.params)
+    assert files_of(tmp_path / "meanwhile")[f"{spec.name}/metrics.jsonl"] == files_of(tmp_path / "after")[f"{spec.name}/metrics.jsonl"]
 
 
 CHILD = """
