@@ -57,7 +57,10 @@ def make_mesh(data: int | None = None, model: int = 1, replica: int = 1, devices
         if size is not None and size < 1:
             raise UserError(f"mesh: {name} = {size} must be at least 1")
     if data is None:
-        data = max(1, len(devices) // (model * replica))
+        if len(devices) % (model * replica):
+            asked = f"{f'replica {replica} x ' if replica > 1 else ''}model {model}"
+            raise UserError(f"mesh: {asked} does not divide the {len(devices)} devices that there are: use a divisor of {len(devices)}")
+        data = len(devices) // (model * replica)
     if replica * data * model != len(devices):
         asked = f"{f'replica {replica} x ' if replica > 1 else ''}data {data} x model {model}"
         raise UserError(f"mesh: {asked} is for {replica * data * model} devices, there are {len(devices)}: leave data out to use all")

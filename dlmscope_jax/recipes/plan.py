@@ -90,7 +90,6 @@ def plan(run: Run) -> dict[str, Any]:
         "device": devices[0].device_kind, "chip": None if chip is None else dataclasses.asdict(chip),
         "mesh": dataclasses.asdict(parts), "models": [],
     }  # fmt: skip
-    print(_heading(run, devices[0], chip, parts))
     for name in work.names:
         programs, refused = _programs(work, name, mesh or devices[0], parts, devices[0].platform)
         limit = _ROOM * chip.memory if chip is not None else None
@@ -102,6 +101,8 @@ def plan(run: Run) -> dict[str, Any]:
             "store_bytes": store_bytes(work, name),
             "advice": advice,
         }
+        if not found["models"]:  # after what a mistake would stop
+            print(_heading(run, devices[0], chip, parts))
         found["models"].append(entry)
         print(_shown(work, name, programs, chip, entry))
     write_whole(work.folder / "results" / "plan.json", json.dumps(found, indent=1))

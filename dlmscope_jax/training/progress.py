@@ -63,7 +63,7 @@ class Progress:
         took = _duration(self._clock() - self._start)
         if kind is None:
             self._write(f"{self._label}: {self._done:,} {self._unit} in {took}{self._noted()}")
-        else:
+        elif self._done:  # a refusal at the start speaks for itself
             self._write(f"{self._label}: stopped at {self._done:,} of {self._total:,} {self._unit} after {took}{self._noted()}")
 
     def advance(self, count: int = 1) -> None:

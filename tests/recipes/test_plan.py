@@ -109,6 +109,8 @@ def test_the_mesh_of_a_run():
     assert meshes.mesh_of(Mesh(parallel="jit")) is None
     with pytest.raises(UserError, match="mesh"):
         meshes.mesh_of(Mesh(data=2, model=2), here[:1])
+    with pytest.raises(UserError, match="model 3 does not divide the 1 device"):
+        meshes.mesh_of(Mesh(model=3), here[:1])
 
 
 def test_profile_says_where_the_time_goes_and_changes_nothing(tmp_path, capsys):

@@ -52,6 +52,9 @@ def test_an_error_is_not_called_done():
         bar.advance(3)
         raise RuntimeError
     assert stream.getvalue() == "train: stopped at 3 of 10 steps after 0 s\n"
+    with pytest.raises(RuntimeError), Progress("train", total=10, unit="steps", stream=stream, clock=clock):
+        raise RuntimeError  # refused before it began: the message is all that there is to say
+    assert stream.getvalue().count("\n") == 1
 
 
 def test_a_terminal_gets_a_bar():
