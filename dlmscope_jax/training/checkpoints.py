@@ -168,7 +168,8 @@ def _finish(wait: Callable[[], None], folder: Path, temporary: Path, content: di
 
 def _not_written(temporary: Path, folder: Path, step: int, error: Exception) -> UserError:
     shutil.rmtree(temporary, ignore_errors=True)
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).replace(f"{temporary}/", "").split())[:300]
+    said = error.strerror if isinstance(error, OSError) else None
+    reason = said or " ".join(str(error).replace(f"{temporary}/", "").split())[:300]
     final = folder / f"{_PREFIX}{step:08d}"
     return UserError(f"checkpoint {final} cannot be written: {reason}; make room, then run it again to go on from the one before")
 
