@@ -41,7 +41,7 @@ _LONG = 2**30
 
 
 def make_step(spec: TrainSpec, mesh: Mesh | None = None, parallel: Parallel | None = None) -> Step:
-    """The jitted step ``(state, batch) -> (state, metrics)``; the state is donated.
+    """The jitted step ``(state, batch) -> (state, metrics)``; the state is donated, except by ``pmap``.
 
     The batch holds raw rows [B, D] of any float dtype, for a transcoder a pair of them: inputs and targets. Metrics are pairs
     (sum, count) of float32 scalars, whose quotient is the mean over whatever steps they are added up over: ``loss``,
@@ -57,7 +57,7 @@ def make_step(spec: TrainSpec, mesh: Mesh | None = None, parallel: Parallel | No
       spec: the training.
       mesh: the devices; None: one. The batch is the whole one, of all processes, laid out as ``distributed.row_sharding`` says or not
         laid out yet; states come from ``init_state(..., mesh=mesh)``. Steps on different meshes agree up to rounding, and on equal ones bit
-        for bit.
+        for bit. (Moments in bfloat16 are rounded up or down by their places on a device: there it is a bfloat16's rounding.)
       parallel: ``"shard_map"``, what a mesh is for; ``"jit"``: one device; ``"pmap"``: rows divided over the devices of one process, the
         state whole on each. None: ``"shard_map"`` with a mesh and ``"jit"`` without.
 

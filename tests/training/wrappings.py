@@ -1,22 +1,25 @@
 """The dictionary step on a mesh against the step on one device; runs in a process with virtual devices (test_wrappings.py)."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp  # noqa: F401  # of the scripts that import all of this
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from dlmscope_jax.dictionaries import BatchTopK, Binary, JumpReLU, LossSettings, Matryoshka, TopK
-from dlmscope_jax.distributed import make_mesh, row_sharding
+from dlmscope_jax.distributed import make_mesh, row_axes, row_sharding
+from dlmscope_jax.kernels.axes import ALONE, Axes
 from dlmscope_jax.training import TrainSpec, init_state, make_step, state_shardings
 
 D, N, B, STEPS = 8, 32, 32, 20
-_AUX = {"settings": LossSettings(aux=1 / 32), "dead_rows": 200}
+_AUX, _NO_AUX = {"settings": LossSettings(aux=1 / 32), "dead_rows": 200}, {"settings": LossSettings(aux=0.0)}
 SPECS = {
     "topk": TrainSpec(TopK(D, N, 4, k_aux=5), **_AUX, steps=100, batch_size=B, lr=1e-3, warmup_steps=4, ema=0.9),
-    "transcoder": TrainSpec(TopK(D, N, 3, d_out=6, skip=True, input_bias=True), target="out", **_AUX, steps=100, batch_size=B, lr=1e-3),
-    "jumprelu": TrainSpec(JumpReLU(D, N), settings=LossSettings(sparsity=0.03), steps=100, batch_size=B, lr=1e-3, sparsity_warmup=3),
-    "batch_topk": TrainSpec(BatchTopK(D, N, 4, k_aux=5), **_AUX, steps=100, batch_size=B, lr=1e-3),
+    "transcoder": TrainSpec(TopK(D, N, 3, d_out=6, skip=True, input_bias=True), target="out", **_NO_AUX, steps=100, batch_size=B, lr=1e-3),
+    "jumprelu": TrainSpec(JumpReLU(D, N), settings=LossSettings(sparsity=0.03), steps=100, batch_size=B, lr=1e-3, micro_batches=2),
+    "batch_topk": TrainSpec(BatchTopK(D, N, 4), **_NO_AUX, steps=100, batch_size=B, lr=1e-3),
     "matryoshka": TrainSpec(Matryoshka(D, N, 4, k_aux=5), **_AUX, steps=100, batch_size=B, lr=1e-3),
     "annealed": TrainSpec(BatchTopK(D, N, 2, k_aux=5), **_AUX, steps=100, batch_size=B, lr=1e-3, k_start=6, k_anneal_steps=10),
     "binary": TrainSpec(Binary(D, N), settings=LossSettings(entropy=1e-3, covariance=1e-3), steps=100, batch_size=B, lr=1e-3),
@@ -35,14 +38,41 @@ def rows_of(spec: TrainSpec, n: int, seed: int) -> np.ndarray | tuple[np.ndarray
     return (x, (codes @ outwards).astype(np.float32)) if spec.dictionary.transcoder else x
 
 
-def start(spec: TrainSpec, mesh=None, dead: int = 0):
-    """The first state, with so many latents dead from the start, spread over all of them."""
+def fresh(spec: TrainSpec, mesh=None):
+    """The first state, as ``init_state`` makes it."""
     sample = rows_of(spec, 256, 1)
     inputs, targets = sample if isinstance(sample, tuple) else (sample, None)
-    state = init_state(spec, sample=inputs, targets=targets, mesh=mesh)
+    return init_state(spec, sample=inputs, targets=targets, mesh=mesh)
+
+
+@functools.cache
+def _fresh_on_host(spec: TrainSpec):
+    return jax.device_get(fresh(spec))
+
+
+def start(spec: TrainSpec, mesh=None, dead: int = 0):
+    """The first state, with so many latents dead from the start, spread over all of them; without compiling ``init_state`` again."""
     since = np.zeros(N, np.int32)
     since[np.random.default_rng(2).permutation(N)[:dead]] = 10_000
-    return dataclasses.replace(state, rows_since_fired=jax.device_put(since, state.rows_since_fired.sharding))
+    state = dataclasses.replace(_fresh_on_host(spec), rows_since_fired=since)
+    return jax.device_put(state, None if mesh is None else state_shardings(spec, mesh))
+
+
+def winners(spec: TrainSpec, mesh=None) -> np.ndarray:
+    """[B, N] which latents of each row the first step selects."""
+    dictionary, batch = spec.dictionary, rows_of(spec, B, 100)
+    x = batch[0] if isinstance(batch, tuple) else batch
+    axes = ALONE if mesh is None else Axes(row_axes(mesh), "model")
+
+    def select(params, x):
+        return dictionary._codes(params, x, True, axes).dense(dictionary.here(axes)) != 0
+
+    state = start(spec, mesh)
+    if mesh is not None:
+        specs = jax.tree.map(lambda sharding: sharding.spec, state_shardings(spec, mesh).params)
+        rows = PartitionSpec(row_axes(mesh))
+        select = jax.shard_map(select, mesh=mesh, in_specs=(specs, rows), out_specs=PartitionSpec(row_axes(mesh), "model"), check_vma=False)
+    return np.asarray(jax.jit(select)(state.params, x / np.float32(state.input_scale)))
 
 
 def laid_out(batch, mesh):
@@ -89,11 +119,6 @@ def as_declared(state, shardings, what: str) -> None:
             assert np.asarray(shard.data).tobytes() == whole[shard.index].tobytes(), f"{where} differs on {shard.device}"
 
 
-def copy(tree):
-    """Arrays of their own: steps give theirs away."""
-    return jax.tree.map(lambda leaf: leaf.copy(), tree)
-
-
 def check(name: str, *meshes: tuple[int, ...], parallel: str = "shard_map") -> None:
     """The step of ``SPECS[name]`` on meshes (data, model) or (replica, data, model) against that of one device."""
     spec = SPECS[name]
@@ -106,9 +131,11 @@ def check(name: str, *meshes: tuple[int, ...], parallel: str = "shard_map") -> N
         replica, data, model = (1, *sizes)[-3:]
         mesh = make_mesh(data, model, replica, jax.devices()[: replica * data * model])
         step, shardings = make_step(spec, mesh, parallel), state_shardings(spec, mesh)
-        begin = start(spec, mesh)
+        begin = fresh(spec, mesh)
         as_declared(begin, shardings, f"{what}, at first")
         close(begin, start(spec), 1e-6, f"{what}, at first")
+        if parallel == "shard_map":
+            np.testing.assert_array_equal(winners(spec, mesh), winners(spec), f"{what}, what is selected")
         for n, want in zip(dead, first, strict=True):
             got = run(spec, step, start(spec, mesh, n), 1, mesh)
             close(got, want, 1e-6, f"{what}, {n} dead, step 1")  # rows_since_fired exactly: the same latents fired
