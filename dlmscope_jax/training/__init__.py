@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpoints import Checkpoints, load_latest, save_checkpoint
-    from .loop import Trained, train
+    from .loop import train
     from .metrics import read_metrics
     from .progress import Progress
+    from .run import Trained
     from .schedules import learning_rate
     from .sources import Growing
     from .spec import TrainSpec
@@ -22,7 +23,7 @@ _HOMES = {
     "Progress": "progress",
     "TrainSpec": "spec",
     "TrainState": "state",
-    "Trained": "loop",
+    "Trained": "run",
     "estimate_scale": "state",
     "final_params": "state",
     "init_state": "state",

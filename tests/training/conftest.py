@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dlmscope_jax.dictionaries import TopK
-from dlmscope_jax.training import TrainSpec, loop
+from dlmscope_jax.training import TrainSpec, run
 
 
 def sparse_rows(n: int, d: int = 16, features: int = 32, active: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -31,13 +31,13 @@ def small_spec(**changes) -> TrainSpec:
 def final_states(monkeypatch):
     """Folder name -> the whole state with which a training ended; filled by ``train``."""
     found = {}
-    finish = loop._Run.finish
+    finish = run.Run.finish
 
     def keep(self):
         found[self.folder.name] = jax.device_get(self.state)
         finish(self)
 
-    monkeypatch.setattr(loop._Run, "finish", keep)
+    monkeypatch.setattr(run.Run, "finish", keep)
     return found
 
 

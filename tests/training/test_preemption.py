@@ -9,7 +9,7 @@ import pytest
 
 from dlmscope_jax.dictionaries import load_dictionary
 from dlmscope_jax.errors import Preempted
-from dlmscope_jax.training import Checkpoints, init_state, load_latest, loop, metrics, train
+from dlmscope_jax.training import Checkpoints, init_state, load_latest, metrics, run, train
 
 from .conftest import assert_same_bits, small_spec, sparse_rows
 from .test_resume import StopAt, files_of
@@ -67,7 +67,7 @@ def test_a_signal_after_the_last_step_is_not_lost(tmp_path):
 
 def test_the_best_is_saved_beside_the_last(tmp_path, monkeypatch):
     kept = {}
-    remove = loop.remove_checkpoints
+    remove = run.remove_checkpoints
 
     def look(folder):
         for step in (15, 20):
@@ -80,10 +80,10 @@ def test_the_best_is_saved_beside_the_last(tmp_path, monkeypatch):
         if not (folder / f"step_{step:08d}").exists():
             return None
         like = jax.eval_shape(lambda: init_state(SPECS[0]))
-        identity = loop.read_digests(folder, step)["run"]
-        return loop.load_checkpoint(folder, step, like, identity)
+        identity = run.read_digests(folder, step)["run"]
+        return run.load_checkpoint(folder, step, like, identity)
 
-    monkeypatch.setattr(loop, "remove_checkpoints", look)
+    monkeypatch.setattr(run, "remove_checkpoints", look)
     [trained] = train(SPECS[0], rising(), tmp_path, checkpoints=Checkpoints(every=5, keep=1, best="loss"))
     spec, best, meta = load_dictionary(trained.path / "best")
     assert set(kept) == {15, 20} and meta.extra["best"]["step"] == 15 and meta.extra["best"]["metric"] == "loss"

@@ -11,7 +11,7 @@ import pytest
 
 from dlmscope_jax.dictionaries import TopK
 from dlmscope_jax.errors import UserError
-from dlmscope_jax.training import Checkpoints, loop, train
+from dlmscope_jax.training import Checkpoints, run, train
 
 from .conftest import assert_same_bits, small_spec, sparse_rows
 
@@ -55,9 +55,9 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def undisturbed(tmp_path_factory):
     """Final states and files of a training that nothing stopped."""
     states, folder = {}, tmp_path_factory.mktemp("undisturbed")
-    finish = loop._Run.finish
+    finish = run.Run.finish
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop._Run, "finish", lambda self: (states.update({self.folder.name: self.state}), finish(self)))
+        patch.setattr(run.Run, "finish", lambda self: (states.update({self.folder.name: self.state}), finish(self)))
         train(SPECS, ROWS, folder, checkpoints=EVERY)
     return states, files_of(folder)
 

@@ -12,7 +12,7 @@ import pytest
 from dlmscope_jax.activations import ActivationStore
 from dlmscope_jax.dictionaries import LossSettings, TopK, load_dictionary
 from dlmscope_jax.errors import UserError
-from dlmscope_jax.training import Checkpoints, init_state, loop, make_step, read_metrics, train
+from dlmscope_jax.training import Checkpoints, init_state, make_step, read_metrics, run, train
 
 from .conftest import assert_same_bits, small_spec, sparse_rows
 
@@ -86,10 +86,10 @@ def test_what_is_saved_acts_on_raw_rows_and_says_where_it_belongs(store, final_s
 
 
 def test_a_finished_training_gives_its_memory_back_before_any_is_read(monkeypatch, tmp_path):
-    runs, result = [], loop._Run.result
-    real = loop._Run.__init__
-    monkeypatch.setattr(loop._Run, "__init__", lambda self, *arguments: (runs.append(self), real(self, *arguments))[1])
-    monkeypatch.setattr(loop._Run, "result", lambda self: (seen.append([hasattr(run, "state") for run in runs]), result(self))[1])
+    runs, result = [], run.Run.result
+    real = run.Run.__init__
+    monkeypatch.setattr(run.Run, "__init__", lambda self, *arguments: (runs.append(self), real(self, *arguments))[1])
+    monkeypatch.setattr(run.Run, "result", lambda self: (seen.append([hasattr(run, "state") for run in runs]), result(self))[1])
     seen = []
     train([small_spec(), small_spec(lr=1e-3, label="other")], ROWS, tmp_path)
     assert seen == [[False, False], [False, False]]
