@@ -6,8 +6,11 @@ the best kept, metrics. After the given minutes the process sends itself SIGTERM
 too. Printed: resident memory every few seconds, and the slope of a straight line through all samples after the first third. Exit
 code 1 if that line rises by more than the bound over the whole time.
 
-Steps leave nothing behind. Saving does: orbax and tensorstore keep about 0.05 to 0.1 MB of every checkpoint (seen with orbax 0.12.8 and
-nothing of ours around it), which is little at one in a thousand steps and a slow leak at one in ten seconds.
+Steps leave nothing behind. Saving does, 0.03 to 0.06 MB a checkpoint, and none of it is ours (orbax 0.12.8 and tensorstore alone do the
+same). At each save orbax asks tensorstore twice for its metrics, and ``tensorstore.experimental_collect_matching_metrics`` never lets the
+lists go that it returned: 20 of them a save, 0.016 MB. With that function replaced by one that returns nothing 0.011 MB are left, of
+which the collector sees no object and the C library's heap no byte. That is little at one in a thousand steps and a slow leak at one in
+ten seconds.
 
     JAX_PLATFORMS=cpu .venv/bin/python scripts/soak.py [--minutes 30] [--every 20] [--bound 0.02] [--steps 1000]
 """

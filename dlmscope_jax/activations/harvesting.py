@@ -208,7 +208,7 @@ def blocks_digest(blocks: Blocks) -> str:
 
 def _fill(shard: OpenShard, piece: range, outputs: Outputs, cut: Cut, store: ActivationStore, shift: bool) -> int:
     """Puts what a pass says of a piece into its shard's rows; returns how many they are."""
-    taps, *read = outputs
+    taps, corrupted, is_masked, rate = outputs
     if not shard.rows:
         n = rows_of(shard.blocks)
         shard.rows = {name: np.empty((n, width), store.dtype) for name, width in store.sites.items()}
@@ -220,7 +220,8 @@ def _fill(shard: OpenShard, piece: range, outputs: Outputs, cut: Cut, store: Act
     for name, tap in taps.items():
         values = np.asarray(tap)[: len(piece)]
         shard.rows[name][to] = values.reshape(-1, values.shape[-1]) if keep.all() else values[keep]
-    for name, column in _columns(here, np.asarray(piece), *map(np.asarray, read), shift=shift).items():
+    read = np.asarray(corrupted), np.asarray(is_masked), np.asarray(rate)
+    for name, column in _columns(here, np.asarray(piece), *read, shift).items():
         shard.rows[name][to] = column[keep]
     shard.filled = to.stop
     return to.stop - to.start
