@@ -3,6 +3,8 @@
 import textwrap
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).parent
 
 SCRIPT = f"""
@@ -20,9 +22,14 @@ real = np.arange(11) < np.arange(4, 12)[:, None]
 """
 
 
-def test_every_mesh_computes_what_one_device_does(run_with_devices, tmp_path):
+SOME = (("dream", ((2, 2, 2),)),)
+OTHERS = (("dream", ((8, 1, 1), (1, 2, 1))), ("gpt2", ((2, 1, 4), (4, 2, 1))))
+
+
+@pytest.mark.parametrize("meshes", [SOME, pytest.param(OTHERS, marks=pytest.mark.slow)], ids=["some", "others"])
+def test_every_mesh_computes_what_one_device_does(run_with_devices, tmp_path, meshes):
     script = f"""
-    for name, shapes in (("dream", ((8, 1, 1), (1, 2, 1), (2, 2, 2))), ("gpt2", ((2, 1, 4), (4, 2, 1)))):
+    for name, shapes in {meshes}:
         model = Transformer(*TINY[name])
         params = init_params(model, jax.random.key(1))
         one = jax.jit(lambda p, t, m, model=model: model.apply(p, t, attention_mask=m, collect=SITES))(params, tokens, real)
