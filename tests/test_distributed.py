@@ -1,6 +1,7 @@
 """How processes find each other, one process alone, and connections that notice a lost one."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -129,6 +130,17 @@ def test_a_failure_is_told_with_its_reason_and_a_goodbye_is_none(three, monkeypa
             raise ValueError("Gloo AllGather failed")
     with pytest.raises(UserError, match="mine"), distributed.together():
         raise UserError("mine")
+
+
+def test_who_fails_at_once_is_heard(monkeypatch):
+    """Its first words and its last ones come together."""
+    monkeypatch.setattr("dlmscope_jax.distributed.watch._GRACE", 600.0)
+    first = Watch(0, 2)
+    first.listen("localhost")
+    [host], port, token = first.address
+    with socket.create_connection((host, port)) as connection:
+        connection.sendall(f"hello {token} 1\nfailed no such file\n".encode())
+        assert first.lost(20) == "process 1 of 2 stopped: no such file"
 
 
 def test_a_stranger_is_sent_away(three):

@@ -11,7 +11,7 @@ import secrets
 import socket
 import sys
 import threading
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 _GRACE = 5.0  # seconds for the main thread to run into what is missing
 _SECONDS_OF_SILENCE = 30  # after which the system takes a machine that does not answer for dead
@@ -60,7 +60,7 @@ class Watch:
         _keep_alive(connection)
         _send(connection, f"{_HELLO} {token} {self.index}")
         self._connections[0] = connection
-        _in_background(self._follow, 0, connection)
+        _in_background(self._follow, 0, _lines(connection))
 
     def lost(self, seconds: float = 0.0) -> str | None:
         """What happened to another process, None if nothing did; waits so long for the news."""
@@ -83,7 +83,8 @@ class Watch:
                 _in_background(self._meet, connection, token)
 
     def _meet(self, connection: socket.socket, token: str) -> None:
-        words = connection.makefile("r", encoding="utf-8").readline().split()
+        lines = _lines(connection)
+        words = lines.readline().split()
         if len(words) != 3 or words[:2] != [_HELLO, token]:
             return connection.close()
         with self._lock:
@@ -91,12 +92,12 @@ class Watch:
             late = self._lost
         if late is not None:
             _send(connection, f"{_LOST} {late}")
-        self._follow(int(words[2]), connection)
+        self._follow(int(words[2]), lines)
 
-    def _follow(self, index: int, connection: socket.socket) -> None:
+    def _follow(self, index: int, lines: TextIO) -> None:
         """Reads what a process says until it says goodbye or is silent for ever."""
         try:
-            for line in connection.makefile("r", encoding="utf-8"):
+            for line in lines:
                 word, _, rest = line.strip().partition(" ")
                 if word == _DONE:
                     return
@@ -138,6 +139,11 @@ def _send(connection: socket.socket, line: str) -> None:
         connection.sendall(line.encode() + b"\n")
     except OSError:  # it is gone, which its own thread notices
         pass
+
+
+def _lines(connection: socket.socket) -> TextIO:
+    """What comes in. One for each connection: it reads ahead."""
+    return connection.makefile("r", encoding="utf-8")
 
 
 def _keep_alive(connection: socket.socket) -> None:
