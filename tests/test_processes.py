@@ -205,6 +205,7 @@ def test_two_processes_harvest_the_rows_of_one(harvested, tmp_path):
         np.testing.assert_allclose(a, b, rtol=2**-7, atol=1e-6)  # bfloat16
 
 
+@pytest.mark.slow  # what stops is among the harvest's, and what goes on among the checkpoints'
 def test_preempted_on_two_processes_and_finished_on_one(harvested, tmp_path):
     """SIGTERM to one of them stops both at one step; one process goes on, and ends where one that did it all does."""
     (tmp_path / "store").symlink_to(harvested / "store")
