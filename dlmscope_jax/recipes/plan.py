@@ -418,7 +418,9 @@ def _shown(work: Work, name: str, programs: list[Program], chip: Chip | None, en
             )
         )
     blocks.append(aligned(times))
-    store = f"store of {work.labels[name]}: {entry['store_bytes'] / 1e9:,.1f} GB; reading and writing it is not in these times"
+    stored = entry["store_bytes"] / 1e9
+    size = f"{stored:,.1f} GB" if stored >= 1 else f"{1e3 * stored:.3g} MB"
+    store = f"store of {work.labels[name]}: {size}; reading and writing it is not in these times"
     blocks.append(store)
     blocks += entry["advice"]
     return "\n" + "\n\n".join(blocks)

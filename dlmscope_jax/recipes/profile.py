@@ -72,7 +72,7 @@ def profile(run: Run) -> dict[str, float]:
         for number in range(_FIRST):
             say(f"profile: step {number + 1} of {_FIRST} that compile and fill buffers")
             one(number)
-        say(f"profile: {_STEPS} steps of {len(specs)} dictionaries")
+        say(f"profile: {_STEPS} steps of {_dictionaries(len(specs))}")
         with jax.profiler.trace(str(folder)):
             for number in range(_FIRST, _FIRST + _STEPS):
                 for part, seconds in one(number).items():
@@ -94,9 +94,13 @@ def _placed(batch: Mapping[str, Any], mesh: Any) -> Mapping[str, Any]:
     return jax.tree.map(jnp.asarray, batch) if mesh is None else distributed.to_global(batch, mesh)
 
 
+def _dictionaries(count: int) -> str:
+    return "1 dictionary" if count == 1 else f"{count} dictionaries"
+
+
 def _shown(found: dict[str, float], run: Run, dictionaries: int, folder: Path) -> str:
     words = {
-        "data": "waiting for a batch", "copy": "copying it to the devices", "step": f"the step of {dictionaries} dictionaries",
+        "data": "waiting for a batch", "copy": "copying it to the devices", "step": f"the step of {_dictionaries(dictionaries)}",
         "serial": "all of that", "overlapped": "in training, which reads ahead",
     }  # fmt: skip
     lines: list[tuple[str, ...]] = [(f"median of {_STEPS} steps", "ms", "rows/s")]
