@@ -247,4 +247,5 @@ def test_a_lost_process_stops_the_other(harvested, tmp_path):
 def test_killed_and_resumed_anywhere(scenario, tmp_path):
     for kill in kill_and_resume.trials(scenario, tmp_path, 3, seed=1, show=False):
         assert kill.same, kill
-        assert all(0 < code < 1000 for _, code in kill.stopped), kill
+        # by itself; while the processes still look for each other, jax does it, with SIGABRT
+        assert all(code != 0 and code < 1000 for _, code in kill.stopped), kill
