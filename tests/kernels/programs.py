@@ -83,13 +83,52 @@ def collectives(text: str) -> list[Collective]:
                     continue
                 times = trips
                 if line.op == "while":
-                    known = _TRIPS.search(line.attributes)
+                    known = _trips(line, computations, name)
                     if known is None:
                         raise ValueError(f"a loop of unknown trip count holds a collective (its {role} is {inner})")
-                    times *= int(known[1]) + (role == "condition")
+                    times *= known + (role == "condition")
                 yield from walk(inner, times)
 
     return list(walk(entry, 1))
+
+
+def _trips(line: Instruction, computations: dict[str, dict[str, Instruction]], around: str) -> int | None:
+    """How often a loop runs: as the compiler says, or as it counts, by ones from one constant to below another (TPU); None: not known."""
+    if known := _TRIPS.search(line.attributes):
+        return int(known[1])
+    parts = dict(line.called)
+    condition, body = computations[parts["condition"]], computations[parts["body"]]
+    ends = [i for i in condition.values() if i.op == "compare" and "direction=LT" in i.attributes]
+    if len(ends) != 1:
+        return None
+    counter, end = (_constant_or_place(name, condition) for name in _NAME.findall(ends[0].operands))
+    if not isinstance(counter, str) or not isinstance(end, int):
+        return None
+    place = int(counter)
+    begun, ended = _NAME.findall(line.operands)[0], list(body)[-1]
+    if computations[around][begun].op != "tuple" or body[ended].op != "tuple":
+        return None
+    first = _constant_or_place(_element(begun, place, computations[around]), computations[around])
+    following = body[_element(ended, place, body)]
+    added = [_constant_or_place(name, body) for name in _NAME.findall(following.operands)]
+    by_one = following.op == "add" and sorted(map(repr, added)) == sorted(map(repr, [counter, 1]))
+    return end - first if by_one and isinstance(first, int) else None
+
+
+def _element(of: str, place: int, lines: dict[str, Instruction]) -> str:
+    """The name of an element of a tuple that is made here."""
+    return _NAME.findall(lines[of].operands)[place]
+
+
+def _constant_or_place(name: str, lines: dict[str, Instruction]) -> int | str | None:
+    """A constant's number, copies looked through; of an element of the parameter its place, as text; None: something else."""
+    while lines[name].op == "copy":
+        name = _NAME.findall(lines[name].operands)[0]
+    line = lines[name]
+    if line.op == "constant" and line.operands.isdecimal():
+        return int(line.operands)
+    index = re.search(r"index=(\d+)", line.attributes)
+    return index[1] if line.op == "get-tuple-element" and index else None
 
 
 def moved(text: str) -> int:

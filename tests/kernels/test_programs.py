@@ -90,6 +90,40 @@ def test_a_collective_in_a_loop_of_unknown_length_is_an_error(texts, name):
         collectives(texts[name])
 
 
+# as libtpu writes it, which says nothing of trips
+COUNTED = """
+%condition (p: (s32[], f32[3])) -> pred[] {
+  %p = (s32[], f32[3]) parameter(0)
+  %end = s32[] constant(7)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%i, %end), direction=LT
+}
+%body (q: (s32[], f32[3])) -> (s32[], f32[3]) {
+  %q = (s32[], f32[3]) parameter(0)
+  %one = s32[] constant(1)
+  %j = s32[] get-tuple-element(%q), index=0
+  %next = s32[] add(%j, %one)
+  %x = f32[3] get-tuple-element(%q), index=1
+  %sum = f32[3] all-reduce(%x), replica_groups={{0,1}}
+  ROOT %out = (s32[], f32[3]) tuple(%next, %sum)
+}
+ENTRY %main (x: f32[3]) -> (s32[], f32[3]) {
+  %x.1 = f32[3] parameter(0)
+  %begin = s32[] constant(2)
+  %copy = s32[] copy(%begin)
+  %in = (s32[], f32[3]) tuple(%copy, %x.1)
+  ROOT %loop = (s32[], f32[3]) while(%in), condition=%condition, body=%body
+}
+"""
+
+
+def test_loops_that_count_by_ones_are_counted():
+    assert collectives(COUNTED) == [Collective("all-reduce", 12, 5)]
+    for changed in (("constant(1)", "constant(2)"), ("direction=LT", "direction=LE"), ("constant(7)", "parameter(1)")):
+        with pytest.raises(ValueError, match="unknown trip count"):
+            collectives(COUNTED.replace(*changed))
+
+
 def test_the_condition_of_a_loop_runs_once_more_than_its_body(texts):
     known = re.sub(r"(condition=%[\w.\-]+, body=%[\w.\-]+)", r'\1, backend_config={"known_trip_count":{"n":"6"}}', texts["condition"])
     assert [c.trips for c in collectives(known)] == [7]
