@@ -230,6 +230,7 @@ def test_a_store_of_another_model_is_refused(small_run, model_folders, tmp_path,
     assert "model" in one_line(capsys, "evaluate", str(path))
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_goes_on(small_run, model_folders, tmp_path):
     """A real kill -9 in the middle of harvest or training, then the same command."""
     run = dataclasses.replace(small_run, models=(model_folders["llada"],), name="killed")
