@@ -91,10 +91,24 @@ except UserError as error:
 
 
 @pytest.fixture
-def three(monkeypatch):
-    """Three ends in this process, none of which may end it."""
-    monkeypatch.setattr("dlmscope_jax.distributed.watch._GRACE", 600.0)
-    ends = [Watch(i, 3) for i in range(3)]
+def watches(monkeypatch):
+    """Makes ends in this process, none of which may end it: not later either, when connections of a test that is over are closed."""
+    monkeypatch.setattr("dlmscope_jax.distributed.watch._leave", lambda message: None)
+    made = []
+
+    def make(index, count):
+        made.append(Watch(index, count))
+        return made[-1]
+
+    yield make
+    for end in made:
+        end.end()
+
+
+@pytest.fixture
+def three(watches):
+    """Three ends that know each other."""
+    ends = [watches(i, 3) for i in range(3)]
     ends[0].listen("localhost")
     for end in ends[1:]:
         end.connect(ends[0].address)
@@ -132,10 +146,9 @@ def test_a_failure_is_told_with_its_reason_and_a_goodbye_is_none(three, monkeypa
         raise UserError("mine")
 
 
-def test_who_fails_at_once_is_heard(monkeypatch):
+def test_who_fails_at_once_is_heard(watches):
     """Its first words and its last ones come together."""
-    monkeypatch.setattr("dlmscope_jax.distributed.watch._GRACE", 600.0)
-    first = Watch(0, 2)
+    first = watches(0, 2)
     first.listen("localhost")
     [host], port, token = first.address
     with socket.create_connection((host, port)) as connection:
@@ -143,9 +156,8 @@ def test_who_fails_at_once_is_heard(monkeypatch):
         assert first.lost(20) == "process 1 of 2 stopped: no such file"
 
 
-def test_a_stranger_is_sent_away(three):
-    stranger = Watch(1, 3)
-    ends = Watch(0, 2)
+def test_a_stranger_is_sent_away(watches):
+    stranger, ends = watches(1, 3), watches(0, 2)
     ends.listen("localhost")
     stranger.connect([*ends.address[:2], "another token"])
     assert stranger.lost(20) == "process 0 of 3 stopped"
